@@ -1,0 +1,1 @@
+"""Views of an answer: text, tables, JSON. A view a file; a view computes nothing."""

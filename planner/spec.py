@@ -1,0 +1,190 @@
+"""The run spec: everything that decides a fine-tune's memory and speed, in one frozen object.
+
+The same object feeds the planner, the probes and the recipes, so what is planned is what is
+measured and what is trained. Read from TOML, JSON or flags; every problem is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from planner.errors import InputError, Problem, nearest_name
+from planner.units import parse_bytes
+
+# What `transformers.TrainingArguments(optim=...)` takes (transformers 5.17, training_args.py).
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
+    "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad",
+    "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit",
+    "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+    "paged_lion_32bit", "paged_lion_8bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
+    "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise",
+    "lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw",
+    "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
+]  # fmt: skip
+
+Count = Annotated[int, Field(ge=1, le=2**24)]
+
+
+def _as_bytes(value: object) -> object:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+def _as_names(value: object) -> object:
+    if isinstance(value, str) and value != "all-linear":
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
+
+
+class Lora(_Frozen):
+    """The adapter, in peft's words. `target_modules` match by suffix, as peft does."""
+
+    rank: Annotated[int, Field(ge=1, le=65536)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...] | Literal["all-linear"],
+        BeforeValidator(_as_names),
+    ] = "all-linear"
+
+
+class Versions(_Frozen):
+    """Library versions whose behaviour moves memory. Defaults: those of the first measured rows."""
+
+    torch: str = "2.11.0"
+    transformers: str = "5.17.0"
+    peft: str = "0.21.0"
+    accelerate: str = "1.15.0"
+    bitsandbytes: str = "0.50.2"
+
+
+class Schedule(_Frozen):
+    """How long the run is: what turns seconds a step into hours, cost and checkpoint disk."""
+
+    samples: Count | None = None
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.0
+    max_steps: Count | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    evaluate_every_steps: Count | None = None
+    evaluation_samples: Count | None = None
+    save_every_steps: Count | None = None
+    seed: Annotated[int, Field(ge=0)] = 42
+
+
+class RunSpec(_Frozen):
+    """One fine-tune, and the card it should run on.
+
+    Sizes are per device: `micro_batch_size` samples of `sequence_length` tokens, image tokens
+    included, in one forward. A field that does not apply (`double_quant` without 4 bits) is
+    ignored. Defaults are a QLoRA fine-tune as most people start it.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    device: Annotated[str, Field(min_length=1)] | None = None
+    device_memory: Annotated[
+        Annotated[int, Field(gt=0, le=1 << 50)] | None, BeforeValidator(_as_bytes)
+    ] = None
+    stack: Literal["stock", "lean"] = "stock"
+    method: Literal["lora", "full"] = "lora"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "nf4"
+    double_quant: bool = True
+    weights_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    lora: Lora = Lora()
+    micro_batch_size: Count = 1
+    sequence_length: Count = 512
+    images_per_sample: Annotated[int, Field(ge=0, le=4096)] = 0
+    image_size: Annotated[int, Field(ge=14, le=16_384)] | None = None
+    gradient_accumulation_steps: Count = 1
+    gradient_checkpointing: bool = False
+    optimizer: Optimizer = "adamw_torch_fused"
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    expandable_segments: bool = False
+    evaluation_batch_size: Annotated[int, Field(ge=0, le=2**20)] = 0
+    versions: Versions = Versions()
+    schedule: Schedule = Schedule()
+
+
+def spec_from_mapping(values: Mapping[str, Any]) -> RunSpec:
+    """Validate a mapping into a RunSpec; raises InputError naming every bad field at once."""
+    try:
+        return RunSpec.model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError(_problems(error)) from None
+
+
+def read_mapping(source: str) -> dict[str, Any]:
+    """Read TOML or JSON from a path, or from standard input for "-"."""
+    if source == "-":
+        return parse_mapping(sys.stdin.read(), "standard input")
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(Problem("spec", "no such file", source, "a .toml or .json file, or -"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(Problem("spec", f"cannot be read: {error}", source)) from None
+    return parse_mapping(text, source)
+
+
+def parse_mapping(text: str, name: str) -> dict[str, Any]:
+    """Text of a TOML or JSON object -> mapping; `name` is used in the error."""
+    if not text.strip():
+        raise InputError(Problem("spec", "is empty", name, "a TOML table or a JSON object"))
+    try:
+        values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(Problem("spec", f"is neither TOML nor JSON: {error}", name)) from None
+    return dict(values)
+
+
+def _problems(error: ValidationError) -> list[Problem]:
+    problems: dict[str, Problem] = {}
+    for entry in error.errors(include_url=False):
+        path = [str(part) for part in entry["loc"]]
+        field = ".".join(part for part in path if part in _FIELD_NAMES or part.isdigit())
+        if entry["type"] == "extra_forbidden":
+            known = _fields_at(path[:-1])
+            field = ".".join(path)
+            problem = Problem(
+                field, "is not a field", None, ", ".join(known), nearest_name(path[-1], known)
+            )
+        elif entry["type"] == "literal_error":
+            expected = str(entry.get("ctx", {}).get("expected", ""))
+            names = [part.strip(" '") for part in expected.replace(" or ", ", ").split(",")]
+            value = entry["input"]
+            near = nearest_name(value, names) if isinstance(value, str) else None
+            problem = Problem(field, "is not known", value, expected, near)
+        elif entry["type"] == "missing":
+            problem = Problem(field or ".".join(path), "is required")
+        else:
+            message = entry["msg"].removeprefix("Value error, ")
+            problem = Problem(field or ".".join(path), message[:1].lower() + message[1:],
+                              entry["input"])  # fmt: skip
+        problems.setdefault(problem.field, problem)
+    return list(problems.values())
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    nested: dict[str, type[BaseModel]] = {"lora": Lora, "versions": Versions, "schedule": Schedule}
+    model = nested[path[0]] if path and path[0] in nested else RunSpec
+    return list(model.model_fields)
+
+
+_FIELD_NAMES = {
+    name for model in (RunSpec, Lora, Versions, Schedule) for name in model.model_fields
+}

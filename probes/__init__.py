@@ -1,0 +1,1 @@
+"""The probes: measured (GPU) and traced (meta device) truth about a step."""

@@ -1,0 +1,1 @@
+"""The dry probe: a real training step on the meta device, every allocation recorded."""

@@ -1,0 +1,1 @@
+"""The recipes: the chosen configuration, run as a complete fine-tune and evaluation."""
