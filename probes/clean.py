@@ -1,0 +1,81 @@
+"""Taking a model back to the state it had before a run, so that the next measures as the first.
+
+A run leaves more than gradients behind: `Trainer` keeps the wrapped forward and its
+`_is_accelerate_prepared`, which makes the next `Trainer` train without autocast;
+`enable_input_require_grads` leaves a hook that makes the next run save the frozen body; checkpointing
+leaves its flags. Every module's own attributes are therefore copied before and put back after.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# Values of trainable parameters are kept too when they are no more than this (adapters are).
+_VALUES_BYTES = 1 << 30
+
+
+@dataclass
+class ModelState:
+    """What a model was: attributes of every module, its config, flags and values of parameters."""
+
+    model: torch.nn.Module
+    attributes: list[tuple[torch.nn.Module, dict[str, Any]]] = field(default_factory=list)
+    configs: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    flags: list[tuple[torch.nn.Parameter, bool, torch.Tensor | None]] = field(default_factory=list)
+
+
+def remember(model: torch.nn.Module) -> ModelState:
+    """Copy what `restore` puts back. Values of the trainable parameters go to the host."""
+    state = ModelState(model)
+    seen: set[int] = set()
+    for module in model.modules():
+        state.attributes.append((module, _shallow(module.__dict__)))
+        config = module.__dict__.get("config")
+        if config is not None and hasattr(config, "__dict__") and id(config) not in seen:
+            seen.add(id(config))
+            state.configs.append((config, _shallow(config.__dict__)))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    keep = sum(p.numel() * p.element_size() for p in trainable) <= _VALUES_BYTES
+    for parameter in model.parameters():
+        value = parameter.detach().cpu().clone() if keep and parameter.requires_grad else None
+        state.flags.append((parameter, parameter.requires_grad, value))
+    return state
+
+
+def restore(state: ModelState) -> None:
+    """Put everything back; gradients are dropped."""
+    for owner, attributes in (*state.attributes, *state.configs):
+        owner.__dict__.clear()
+        owner.__dict__.update(_shallow(attributes))
+    with torch.no_grad():
+        for parameter, requires_grad, value in state.flags:
+            parameter.grad = None
+            parameter.requires_grad_(requires_grad)
+            if value is not None:
+                parameter.copy_(value)
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose containers (hooks, parameters, submodules) are copies too, one level down."""
+    containers = (dict, list, set)
+    return {
+        key: copy.copy(value) if isinstance(value, containers) else value
+        for key, value in attributes.items()
+    }
+
+
+def drop_frames(error: BaseException | None) -> str:
+    """The error in one line; its traceback's frames let go of the tensors they hold."""
+    text = f"{type(error).__name__}: {error}"
+    while error is not None:
+        if error.__traceback__ is not None:
+            traceback.clear_frames(error.__traceback__)
+        follow = error.__cause__ or error.__context__
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        error = follow
+    return text
