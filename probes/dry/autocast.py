@@ -1,0 +1,159 @@
+"""CUDA's autocast for meta tensors: torch has none for them, so a function mode applies the policy
+of ATen/autocast_mode.h, with its cache of casts."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from probes.dry.attention import attend
+
+# AT_FORALL_LOWER_PRECISION_FP
+LOWER = frozenset(
+    "conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution "
+    "_convolution prelu addmm addmv addr matmul __matmul__ __rmatmul__ einsum mm mv vecdot linear "
+    "addbmm baddbmm bmm chain_matmul multi_dot lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell "
+    "scaled_dot_product_attention".split()
+)
+# AT_FORALL_FP32
+FLOAT32 = frozenset(
+    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ "
+    "softplus layer_norm native_layer_norm group_norm frobenius_norm nuclear_norm "
+    "cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d nll_loss_nd "
+    "hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss "
+    "multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss "
+    "binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d "
+    "_upsample_nearest_exact1d upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d "
+    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa "
+    "upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa".split()
+)
+# AT_FORALL_FP32_SET_OPT_DTYPE: the kernel reads 16 bits and writes fp32
+SET_DTYPE = frozenset("prod softmax log_softmax cumprod cumsum vector_norm matrix_norm sum norm".split())
+# AT_FORALL_PROMOTE
+PROMOTE = frozenset(
+    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sample index_put tensordot "
+    "scatter_add".split()
+)
+_HAS_TORCH_FUNCTION = (
+    "has_torch_function", "has_torch_function_unary", "has_torch_function_variadic",
+)  # fmt: skip
+
+
+class CudaSemantics(TorchFunctionMode):
+    """Calls mean what they mean on CUDA: autocast when `dtype` is set, fused softmax, dropout and
+    attention always. Entered again for recomputation, where torch leaves the stack of modes empty.
+    """
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.dtype: torch.dtype | None = None
+        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._open: dict[Any, Any] = {}
+
+    def __torch_function__(
+        self, func: Any, types_: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "dropout":
+            return self._dropout(func, *args, **kwargs)
+        if self.dtype is not None:
+            args, kwargs = self._autocast(name, args, kwargs)
+        if name == "scaled_dot_product_attention":
+            return attend(self.recorder, *args, **kwargs)
+        if name in ("softmax", "log_softmax") and type(func) is not types.FunctionType:
+            return _softmax(func, name, *args, **kwargs)
+        if isinstance(func, types.FunctionType):
+            with self:
+                return self._opened(func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """One autocast region: torch's own flags say so too, and the cache ends with it."""
+        if dtype is None:
+            yield
+            return
+        before = (self.dtype, torch.is_autocast_enabled("cuda"))
+        self.dtype = dtype
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", dtype)
+        try:
+            yield
+        finally:
+            self.dtype = before[0]
+            torch.set_autocast_enabled("cuda", before[1])
+            if self.dtype is None:
+                self._cache.clear()
+
+    def _autocast(self, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        if name in LOWER:
+            return self._cast(args, kwargs, self.dtype)
+        if name in FLOAT32:
+            return self._cast(args, kwargs, torch.float32)
+        if name in PROMOTE:
+            floats = [x for x in pytree.tree_leaves((args, kwargs)) if _eligible(x)]
+            if any(x.dtype is torch.float32 for x in floats):
+                return self._cast(args, kwargs, torch.float32)
+        elif name in SET_DTYPE and args and _eligible(args[0]) and kwargs.get("dtype") is None:
+            if args[0].dtype is not torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float32}
+        elif name == "cross_entropy_loss" and args[0].dtype is not torch.float32:
+            args = (args[0].float(), *args[1:])
+        return args, kwargs
+
+    def _cast(self, args: tuple, kwargs: dict, dtype: torch.dtype | None) -> tuple[tuple, dict]:
+        assert dtype is not None
+        cast = pytree.tree_map_only(torch.Tensor, lambda x: self._cached(x, dtype), (args, kwargs))
+        return cast  # type: ignore[no-any-return]
+
+    def _cached(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`cached_cast`: only a trainable fp32 leaf's 16-bit copy is kept until the region ends."""
+        if not _eligible(x) or x.dtype is dtype:
+            return x
+        keep = (
+            dtype is self.dtype and x.dtype is torch.float32 and x.requires_grad and x.is_leaf
+            and x._base is None
+        )  # fmt: skip
+        if not keep:
+            return x.to(dtype)
+        if id(x) not in self._cache:
+            self._cache[id(x)] = (x, x.to(dtype))
+        return self._cache[id(x)][1]
+
+    def _dropout(self, func: Any, x: Any, p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> Any:
+        if not training or p == 0 or p == 1:
+            return func(x, p, training)
+        return torch.ops.aten.native_dropout(x, p, True)[0]
+
+    def _opened(self, func: types.FunctionType) -> Any:
+        """`func` without its own detour through the modes, so that what it calls meets this one."""
+        if func not in self._open:
+            no: dict[str, Any] = {name: lambda *_: False for name in _HAS_TORCH_FUNCTION}
+            scope = {**func.__globals__, **no}
+            copy = types.FunctionType(
+                func.__code__, scope, func.__name__, func.__defaults__, func.__closure__
+            )
+            copy.__kwdefaults__ = func.__kwdefaults__
+            self._open[func] = copy
+        return self._open[func]
+
+
+def _eligible(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype is not torch.float64
+
+
+def _softmax(func: Any, name: str, x: Any, dim: Any = None, dtype: Any = None, **kwargs: Any) -> Any:
+    dtype = kwargs.pop("dtype", dtype)
+    kwargs.pop("_stacklevel", None)
+    if dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and isinstance(dim, int):
+        fused = getattr(torch.ops.aten, f"_{name}")  # half_to_float: no fp32 copy of the input
+        return fused(x, dim, True)
+    return func(x, dim, dtype=dtype, **kwargs)

@@ -1,0 +1,157 @@
+"""What a traced step leaves behind: allocations and releases in order, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Category = Literal[
+    "parameters", "gradients", "optimizer_states", "saved_activations", "logits", "temporaries",
+    "inputs", "workspace",
+]  # fmt: skip
+Phase = Literal["load", "inputs", "forward", "backward", "recompute", "clip", "optimizer", "zero_grad", "evaluate"]  # fmt: skip
+
+
+@dataclass(slots=True)
+class Event:
+    """One storage allocated or freed.
+
+    size_bytes: rounded up to 512, as the caching allocator counts it; op: the aten (or library)
+    operation whose result or temporary it is; module: path in `named_modules()` of the innermost
+    module running ("" outside any; in backward the module whose forward made the node); section:
+    counts forwards, backwards and recomputations, so that what outlives its section can be told.
+    """
+
+    kind: Literal["alloc", "free"]
+    storage_id: int
+    size_bytes: int
+    op: str
+    module: str
+    phase: Phase
+    shape: tuple[int, ...]
+    dtype: str
+    category: Category | None
+    step: int
+    section: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LiveBytes:
+    """Bytes live at one instant under one label, and how many storages they are."""
+
+    category: str
+    module: str
+    operation: str
+    size_bytes: int
+    storages: int
+
+
+@dataclass
+class Trace:
+    """A traced run: loading (`load`), then the steps (`events`), which start with what loading left.
+
+    constants: named bytes that no trace can see (library workspaces), live during every step.
+    """
+
+    load: list[Event]
+    events: list[Event]
+    constants: dict[str, int] = field(default_factory=dict)
+    unknown_operations: tuple[str, ...] = ()
+    evaluation: list[Event] = field(default_factory=list)
+    seconds: float = 0.0
+    total_parameters: int = 0
+    trainable_parameters: int = 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """Live bytes after loading and adapter set-up, before the first step."""
+        return live_bytes(self.load)
+
+    @property
+    def constant_bytes(self) -> int:
+        return sum(self.constants.values())
+
+    @property
+    def traced_peak_bytes(self) -> int:
+        """Largest sum of live storages over the steps, without the constants."""
+        return peak(self.load, self.events)[0]
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """What `torch.cuda.max_memory_allocated()` should say after the steps."""
+        return self.traced_peak_bytes + self.constant_bytes
+
+    @property
+    def peak_index(self) -> int:
+        """Index in `events` of the allocation that reaches the peak."""
+        return peak(self.load, self.events)[1]
+
+    @property
+    def peak_instant(self) -> str:
+        """The peak's step, phase, module and operation, in words."""
+        event = self.events[self.peak_index]
+        where = f" in {event.module}" if event.module else ""
+        return f"step {event.step}, {event.phase}: {event.op}{where}"
+
+    @property
+    def load_peak_bytes(self) -> int:
+        """Largest sum of live storages while loading."""
+        return peak([], self.load)[0]
+
+    @property
+    def eval_peak_bytes(self) -> int | None:
+        """Peak of an evaluation step after the training steps, or None when there is none."""
+        if not self.evaluation:
+            return None
+        return peak([*self.load, *self.events], self.evaluation)[0] + self.constant_bytes
+
+    def live_at_peak(self) -> list[LiveBytes]:
+        """What fills the peak, by category, module and operation; largest first.
+
+        The sizes, with the constants, sum to `peak_allocated_bytes`.
+        """
+        live = live_storages([*self.load, *self.events[: self.peak_index + 1]])
+        rows = grouped(live)
+        rows += [LiveBytes("workspace", "", name, size, 1) for name, size in self.constants.items()]
+        return sorted(rows, key=lambda row: -row.size_bytes)
+
+
+def live_bytes(events: Sequence[Event]) -> int:
+    """Bytes still live after `events`."""
+    return sum(e.size_bytes if e.kind == "alloc" else -e.size_bytes for e in events)
+
+
+def peak(before: Sequence[Event], events: Sequence[Event]) -> tuple[int, int]:
+    """Largest running sum over `events` after `before` -> (bytes, index of the event)."""
+    live = live_bytes(before)
+    best, index = live, 0
+    for position, event in enumerate(events):
+        if event.kind == "free":
+            live -= event.size_bytes
+            continue
+        live += event.size_bytes
+        if live > best:
+            best, index = live, position
+    return best, index
+
+
+def live_storages(events: Sequence[Event]) -> list[Event]:
+    """The allocations of `events` that none of them frees, in order."""
+    live: dict[int, Event] = {}
+    for event in events:
+        if event.kind == "alloc":
+            live[event.storage_id] = event
+        else:
+            live.pop(event.storage_id)
+    return list(live.values())
+
+
+def grouped(live: Sequence[Event]) -> list[LiveBytes]:
+    """Live allocations summed by category, module and operation."""
+    sums: dict[tuple[str, str, str], list[int]] = {}
+    for event in live:
+        entry = sums.setdefault((event.category or "temporaries", event.module, event.op), [0, 0])
+        entry[0] += event.size_bytes
+        entry[1] += 1
+    return [LiveBytes(*key, size, count) for key, (size, count) in sums.items()]

@@ -1,0 +1,202 @@
+"""The real transformers class on the meta device, quantised and adapted as the reference workload
+builds it. Nothing here downloads: a folder, a config.json or the local Hub cache."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from planner.errors import InputError, Problem
+from planner.spec import RunSpec
+
+DTYPES = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
+}  # fmt: skip
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """A folder, a config.json, or a Hub id in the local cache -> config. Nothing is downloaded."""
+    if name in ("chameleon-7b", "facebook/chameleon-7b"):
+        return transformers.ChameleonConfig(dtype="bfloat16")
+    path = Path(name)
+    try:
+        if path.is_file():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return AutoConfig.for_model(values.pop("model_type"), **values)
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        allowed = "a folder with a config.json, a config.json, or a Hub id in the local cache"
+        raise InputError(Problem("model", f"cannot be built: {reason}", name, allowed)) from None
+
+
+def shortened(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
+    """The same config with fewer decoder layers, for a test that looks at one of them."""
+    if layers is None:
+        return config
+    text = config.get_text_config()
+    for name in _LAYER_COUNTS:
+        if hasattr(text, name):
+            setattr(text, name, layers)
+            kinds = getattr(text, "layer_types", None)
+            if kinds:
+                text.layer_types = kinds[:layers]
+            return config
+    raise InputError(Problem("layers", "this config does not say how many layers it has"))
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that trains: `architectures`, else the first of transformers' mappings with it."""
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise InputError(Problem("model", "transformers has no class that trains it", config.model_type))
+
+
+def build(spec: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
+    """The base model on meta, as `from_pretrained` leaves it (quantised, not yet adapted)."""
+    _complete_vocabulary(config)
+    config._attn_implementation = spec.attention
+    with torch.device("meta"), transformers.initialization.no_init_weights():
+        cls = model_class(config)
+        model = cls._from_config(config, dtype=DTYPES[spec.weights_dtype])
+    model.tie_weights()
+    model.config.use_cache = False  # TrainingArguments.use_cache
+    _keep_in_fp32(model, spec)
+    if spec.quantization != "none":
+        quantize(model, spec)
+    return model
+
+
+def quantize(model: PreTrainedModel, spec: RunSpec) -> None:
+    """Replace the linears as transformers does, and fill them with packed meta weights."""
+    settings = quantization_config(spec)
+    kept = get_keys_to_not_convert(model)
+    replace_with_bnb_linear(model, kept, settings)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            _pack_4bit(module, spec)
+        elif isinstance(module, Linear8bitLt):
+            _pack_8bit(module)
+        if isinstance(module, (Linear4bit, Linear8bitLt)) and module.bias is not None:
+            module.bias.data = module.bias.data.to(DTYPES[spec.weights_dtype])
+    name = "is_loaded_in_8bit" if spec.quantization == "int8" else "is_loaded_in_4bit"
+    setattr(model, name, True)
+    model.is_quantized = True
+    model.quantization_method = settings.quant_method
+
+
+def quantization_config(spec: RunSpec) -> BitsAndBytesConfig:
+    """What the reference workload passes to `from_pretrained`."""
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=spec.quantization,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=DTYPES[spec.precision],
+    )  # fmt: skip
+
+
+def adapt(model: PreTrainedModel, spec: RunSpec) -> torch.nn.Module:
+    """`prepare_model_for_kbit_training` where quantised, then the adapter; or all of it trainable."""
+    if spec.quantization != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if spec.method == "full":
+        return model
+    targets = spec.lora.target_modules
+    settings = LoraConfig(
+        r=spec.lora.rank, lora_alpha=spec.lora.alpha, lora_dropout=spec.lora.dropout, bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )  # fmt: skip
+    with torch.device("meta"):
+        return get_peft_model(model, settings)
+
+
+def _pack_4bit(module: Linear4bit, spec: RunSpec) -> None:
+    """uint8 weights, two to a byte; maxima of blocks of 64, themselves in 8 bits when doubled."""
+    shape = torch.Size((module.out_features, module.in_features))
+    blocks = -(-shape.numel() // 64)
+    doubled = spec.double_quant
+    state = QuantState(
+        absmax=_meta(blocks, torch.uint8 if doubled else torch.float32), shape=shape,
+        code=_meta(16, torch.float32), blocksize=64, quant_type=spec.quantization,
+        dtype=DTYPES[spec.weights_dtype],
+    )  # fmt: skip
+    if doubled:
+        state.nested, state.offset = True, torch.empty((), device="meta")
+        state.state2 = QuantState(
+            absmax=_meta(-(-blocks // 256), torch.float32), code=_dynamic_map(), blocksize=256,
+            dtype=torch.float32,
+        )  # fmt: skip
+    packed = torch.empty(((shape.numel() + 1) // 2, 1), dtype=torch.uint8, device="meta")
+    module.weight = Params4bit(
+        packed, requires_grad=False, quant_state=state, blocksize=64,
+        compress_statistics=doubled, quant_type=spec.quantization, module=module,
+        bnb_quantized=True,
+    )  # fmt: skip
+    module.quant_state = state
+
+
+def _pack_8bit(module: Linear8bitLt) -> None:
+    rows, columns = module.out_features, module.in_features
+    codes = torch.empty((rows, columns), dtype=torch.int8, device="meta")
+    scales = _meta(rows, torch.float32)
+    module.weight = Int8Params(
+        codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
+    )
+
+
+_maps: dict[str, torch.Tensor] = {}
+
+
+def _dynamic_map() -> torch.Tensor:
+    """bitsandbytes keeps one 8-bit map a device (functional.name2qmap)."""
+    return _maps.setdefault("dynamic", _meta(256, torch.float32))
+
+
+def _meta(count: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(count, dtype=dtype, device="meta")
+
+
+def _keep_in_fp32(model: PreTrainedModel, spec: RunSpec) -> None:
+    """Modules that the class keeps in fp32 when loaded in 16 bits (modeling_utils)."""
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if spec.weights_dtype == "float16":
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not names or spec.weights_dtype == "float32":
+        return
+    pattern = re.compile("|".join(rf"((^|\.){re.escape(name)}($|\.))" for name in names))
+    for path, parameter in model.named_parameters():
+        if pattern.search(path):
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _complete_vocabulary(config: PretrainedConfig) -> None:
+    """A Chameleon config without its vocabulary map gets one of the published shape: 8192 image
+    codes after the first four ids, and `<image>` (8711)."""
+    if config.model_type != "chameleon" or config.vocabulary_map:
+        return
+    codes = {f"IMGIMG{_letters(code)}Z": code + 4 for code in range(8192)}
+    config.vocabulary_map = {**codes, "<image>": 8711}
+
+
+def _letters(code: int) -> str:
+    return "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code))

@@ -1,0 +1,141 @@
+"""The dispatch mode that counts storages: each new untyped storage on meta is an allocation, its
+finalizer is the release, so lifetimes are Python's and autograd's own."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from probes.dry import standins, values
+from probes.dry.events import Category, Event, Phase
+from probes.dry.scope import Scope
+from probes.dry.target import Target
+
+ROUNDING_BYTES = 512  # kMinBlockSize of c10/cuda/CUDACachingAllocator.cpp
+
+
+class Recorder(TorchDispatchMode):
+    """Active while the traced program runs. `events` grows; `load` is cut off by `take`.
+
+    Only storages on meta are device memory: a CPU tensor in the traced program is host memory.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__()
+        self.scope = scope
+        self.target = Target()
+        self.events: list[Event] = []
+        self.phase: Phase = "load"
+        self.step = 0
+        self.section = 0
+        self.category: Category | None = None
+        self.unknown: dict[str, None] = {}
+        self._live: dict[int, tuple[int, Event, Any]] = {}
+        self._count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        standin = standins.lookup(func)
+        if standin is not None:
+            result = standin(self, func, args, kwargs)
+        else:
+            result = values.run(self, func, args, kwargs)
+        self._note(func, result)
+        return result
+
+    def _note(self, func: Any, result: Any) -> None:
+        if isinstance(result, torch.Tensor):
+            if result.device.type == "meta":
+                self.track(result, func)
+        elif isinstance(result, (list, tuple)):
+            for item in result:
+                self._note(func, item)
+
+    def track(self, tensor: torch.Tensor, func: Any = None) -> None:
+        """Count the tensor's storage unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        size_bytes = -(-storage.nbytes() // ROUNDING_BYTES) * ROUNDING_BYTES
+        if size_bytes == 0:
+            return
+        event = self._event("alloc", size_bytes, func, tensor)
+        reference = weakref.ref(storage, lambda _, key=key: self._freed(key))
+        self._live[key] = (event.storage_id, event, reference)
+        self.events.append(event)
+
+    def temporary(self, func: Any, *sizes_bytes: int, dtype: str = "uint8") -> None:
+        """Buffers that a kernel makes and drops before its caller sees anything: alloc and free."""
+        made = [self.begin(func, size, dtype) for size in sizes_bytes if size > 0]
+        for event in reversed(made):
+            self.end(event)
+
+    def begin(self, func: Any, size_bytes: int, dtype: str = "uint8") -> Event:
+        """Allocate a buffer that has no tensor of its own; `end` frees it."""
+        rounded = -(-size_bytes // ROUNDING_BYTES) * ROUNDING_BYTES
+        event = self._event("alloc", rounded, func, None)
+        event.shape, event.dtype = (size_bytes,), dtype
+        self.events.append(event)
+        return event
+
+    def end(self, event: Event) -> None:
+        self.events.append(self._release(event))
+
+    def label(self, tensor: torch.Tensor, category: Category) -> None:
+        """Fix the category of a tensor's storage."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        if entry is not None:
+            entry[1].category = category
+
+    @contextmanager
+    def during(self, phase: Phase, category: Category | None = None) -> Iterator[None]:
+        """Events inside carry `phase` (and `category`); a new section begins and ends with it."""
+        before = (self.phase, self.category)
+        self.phase, self.category = phase, category
+        self.section += 1
+        try:
+            yield
+        finally:
+            self.phase, self.category = before
+            self.section += 1
+
+    def take(self) -> list[Event]:
+        """The events so far, removed from the recorder (what lives stays known to it)."""
+        events, self.events = self.events, []
+        return events
+
+    def note_unknown(self, what: str) -> None:
+        self.unknown.setdefault(what)
+
+    def _event(self, kind: Any, size_bytes: int, func: Any, tensor: torch.Tensor | None) -> Event:
+        self._count += 1
+        shape = tuple(tensor.shape) if tensor is not None else ()
+        dtype = str(tensor.dtype).removeprefix("torch.") if tensor is not None else "uint8"
+        return Event(
+            kind, self._count, size_bytes, _name(func), self.scope.module(self.phase), self.phase,
+            shape, dtype, self.category, self.step, self.section,
+        )  # fmt: skip
+
+    def _freed(self, key: int) -> None:
+        _, event, _ = self._live.pop(key)
+        self.events.append(self._release(event))
+
+    def _release(self, event: Event) -> Event:
+        return Event(
+            "free", event.storage_id, event.size_bytes, event.op, event.module, self.phase,
+            event.shape, event.dtype, event.category, self.step, self.section,
+        )  # fmt: skip
+
+
+def _name(func: Any) -> str:
+    if func is None or isinstance(func, str):
+        return func or ""
+    return str(getattr(func, "_overloadpacket", func)).removeprefix("aten.")

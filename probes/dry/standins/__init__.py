@@ -1,0 +1,34 @@
+"""What a CUDA kernel does behind one operation: a table, a file an entry.
+
+An entry is called instead of the operation, with (recorder, func, args, kwargs), and returns what
+the operation returns; it tells the recorder of the kernel's own temporaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+Standin = Callable[[Any, Any, tuple, dict[str, Any]], Any]
+_TABLE: dict[str, Standin] = {}
+_FILES = ("attention", "bitsandbytes_4bit", "dropout")
+
+
+def stands_for(*names: str) -> Callable[[Standin], Standin]:
+    """Register an entry under operation names as torch's schemas spell them ("aten::bmm")."""
+
+    def register(entry: Standin) -> Standin:
+        for name in names:
+            _TABLE[name] = entry
+        return entry
+
+    return register
+
+
+def lookup(func: Any) -> Standin | None:
+    """The stand-in of an operation, or None when its meta kernel tells the truth."""
+    if not _TABLE:
+        for name in _FILES:
+            import_module(f"probes.dry.standins.{name}")
+    return _TABLE.get(func._schema.name)

@@ -1,0 +1,121 @@
+"""Running an operation on meta while small integer and boolean tensors keep their values.
+
+Modelling code reads a few values (is the mask all ones, which positions hold an image). Token ids,
+masks and grids are small, so their values travel beside the meta tensors and every operation on
+them alone is also run on the CPU. A value that is read and not known is named in the answer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from planner.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from probes.dry.recorder import Recorder
+
+MAX_ELEMENTS = 1 << 18  # beyond this a value costs more than it can decide
+_ATTRIBUTE = "_vramwise_value"
+_READ = torch.ops.aten._local_scalar_dense.default
+_RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial")
+
+
+def give(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attach the CPU `value` to a meta tensor of the same shape."""
+    setattr(tensor, _ATTRIBUTE, value)
+    return tensor
+
+
+def of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The value a meta tensor carries, if any."""
+    return tensor.__dict__.get(_ATTRIBUTE) if hasattr(tensor, "__dict__") else None
+
+
+def run(recorder: Recorder, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run `func`; meta results of operations whose inputs all carry values carry values too."""
+    if func is _READ:
+        return _read(recorder, args[0])
+    if func is torch.ops.aten._to_copy.default:
+        return _copied(recorder, func, args, kwargs)
+    inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if not _computable(func, inputs, kwargs):
+        return func(*args, **kwargs)
+    return _with_value(func, args, kwargs, inputs)
+
+
+def _computable(func: Any, inputs: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:
+    if inputs:
+        if not any(x.device.type == "meta" for x in inputs):
+            return False
+        if any(x.device.type == "meta" and of(x) is None for x in inputs):
+            return False
+    elif torch.device(kwargs.get("device") or "cpu").type != "meta":
+        return False
+    return not any(word in func._schema.name for word in _RANDOM)
+
+
+def _with_value(func: Any, args: tuple, kwargs: dict[str, Any], inputs: list[torch.Tensor]) -> Any:
+    if not inputs and not _small_factory(func, args):
+        return func(*args, **kwargs)
+    to_cpu = {"device": torch.device("cpu")} if "device" in kwargs else {}
+    cpu_args, cpu_kwargs = pytree.tree_map_only(torch.Tensor, _cpu, (args, {**kwargs, **to_cpu}))
+    value = func(*cpu_args, **cpu_kwargs)
+    if func._schema.is_mutable:
+        return func(*args, **kwargs)
+    if not isinstance(value, torch.Tensor) or value.numel() > MAX_ELEMENTS:
+        return func(*args, **kwargs)
+    result = _on_meta(func, args, kwargs, value)
+    if value.is_floating_point() and value.numel() > 4096:
+        return result
+    return give(result, value)
+
+
+def _small_factory(func: Any, args: tuple) -> bool:
+    return func._schema.name in ("aten::arange", "aten::full", "aten::zeros", "aten::ones")
+
+
+def _on_meta(func: Any, args: tuple, kwargs: dict[str, Any], value: torch.Tensor) -> torch.Tensor:
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError:  # the result's shape depends on values: take it from them
+        return torch.empty_like(value, device="meta")
+
+
+def _cpu(tensor: torch.Tensor) -> torch.Tensor:
+    value = of(tensor)
+    return tensor if value is None else value
+
+
+def _read(recorder: Recorder, tensor: torch.Tensor) -> Any:
+    if tensor.device.type != "meta":
+        return tensor.item()
+    value = of(tensor)
+    if value is not None:
+        return value.item()
+    if tensor.dtype is torch.bool:
+        recorder.note_unknown("a truth value that depends on the weights was read; taken as true")
+        return True
+    if tensor.dtype.is_floating_point:
+        return 1.0  # a logged or clipped number: it decides no shape
+    raise UnsupportedError(
+        "the model reads an integer that depends on the data, so its shapes cannot be known "
+        f"(in {recorder.scope.module('forward') or 'the step'})"
+    )
+
+
+def _copied(recorder: Recorder, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    source = args[0]
+    target = kwargs.get("device")
+    if source.device.type == "meta" and target is not None and torch.device(target).type == "cpu":
+        value = of(source)
+        if value is None:
+            value = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        return value.clone()
+    result = func(*args, **kwargs)
+    value = of(source) if source.device.type == "meta" else source
+    if value is not None and value.numel() <= MAX_ELEMENTS and not value.is_floating_point():
+        give(result, value.to(result.dtype))
+    return result
