@@ -1,0 +1,121 @@
+"""A model after loading and adapter set-up: each module's dtype, storage kind, adapter, and which
+parameters want a gradient. Decided by walking the module tree as transformers and peft do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from planner.dtypes import DType
+from planner.memory.layers import Adapter, Linear
+from planner.models.tree import Module, ModelTree
+from planner.spec import RunSpec
+
+F32 = DType.FLOAT32
+COMPUTE = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
+
+
+@dataclass
+class Loaded:
+    """What the step program asks for: linears, weights and biases by path.
+
+    `trainable` fills as the program touches leaves; `adapted` holds the paths with an adapter.
+    `tensors` keeps one leaf per parameter, so that gradients accumulate where torch's do.
+    """
+
+    spec: RunSpec
+    tree: ModelTree
+    adapted: frozenset[str]
+    unquantized: frozenset[str] = frozenset()
+    leaves: dict[str, Any] = field(default_factory=dict)
+    _linears: dict[str, Linear] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether linears are stored in 4 or 8 bits."""
+        return self.spec.quantization != "none"
+
+    @property
+    def dtype(self) -> DType:
+        """Dtype of the parameters that are not quantised: k-bit preparation makes them fp32."""
+        if self.quantized and self.spec.stack == "stock":
+            return F32
+        return DType(self.spec.weights_dtype)
+
+    @property
+    def adapter_dtype(self) -> DType:
+        """peft keeps adapters in fp32 beside 16-bit weights (autocast_adapter_dtype)."""
+        return F32
+
+    def is_quantized(self, module: Module) -> bool:
+        """transformers replaces every nn.Linear but the output head and what is tied to it."""
+        return (
+            self.quantized and module.kind == "linear" and module.path not in self.unquantized
+            and module.component != "lm_head"
+        )  # fmt: skip
+
+    def leaf(self, path: str, name: str, shape: tuple[Any, ...], dtype: DType, trainable: bool) -> Any:
+        """The parameter `path.name`, made once."""
+        from planner.memory.tensor import Tensor
+
+        key = f"{path}.{name}"
+        tensor = self.leaves.get(key)
+        if tensor is None:
+            tensor = Tensor(None, shape, dtype, requires_grad=trainable, name=key)
+            self.leaves[key] = tensor
+        return tensor
+
+    def parameter(self, path: str, name: str = "weight") -> Any:
+        """A plain parameter: trainable in full fine-tuning."""
+        module = self.tree.by_path[path]
+        owner = module.tied_to or path
+        shape = dict(self.tree.by_path[owner].shapes)[name]
+        return self.leaf(owner, name, shape, self.dtype, self.spec.method == "full")
+
+    def linear(self, path: str) -> Linear:
+        """A linear with its storage kind and adapter."""
+        state = self._linears.get(path)
+        if state is None:
+            state = self._linears[path] = self._build_linear(self.tree.by_path[path])
+        return state
+
+    def _build_linear(self, module: Module) -> Linear:
+        out_features, in_features = module.weight_shape
+        quantized = self.is_quantized(module)
+        kind = self.spec.quantization
+        has_bias = len(module.shapes) > 1
+        return Linear(
+            name=module.path,
+            in_features=in_features,
+            out_features=out_features,
+            weight=self.leaf(
+                f"{module.path}", "weight", (out_features, in_features), self.dtype, False
+            )
+            if quantized
+            else self.parameter(module.path),
+            bias=self.parameter(module.path, "bias") if has_bias else None,
+            quantization="none" if not quantized else "int8" if kind == "int8" else "4bit",
+            double_quant=self.spec.double_quant,
+            compute_dtype=compute_dtype(self.spec),
+            adapter=self._adapter(module) if module.path in self.adapted else None,
+        )
+
+    def _adapter(self, module: Module) -> Adapter:
+        out_features, in_features = module.weight_shape
+        rank, dtype = self.spec.lora.rank, self.adapter_dtype
+        return Adapter(
+            a=self.leaf(module.path, "lora_A.weight", (rank, in_features), dtype, True),
+            b=self.leaf(module.path, "lora_B.weight", (out_features, rank), dtype, True),
+            dropout=self.spec.lora.dropout,
+        )
+
+
+def compute_dtype(spec: RunSpec) -> DType:
+    """bnb_4bit_compute_dtype of the reference workload: that of the autocast, bf16 without one."""
+    return {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}[spec.precision]
+
+
+def matches(path: str, names: Mapping[str, Any] | tuple[str, ...]) -> bool:
+    """peft's rule for a list of target modules: equal, or ending in a dot and the name."""
+    return any(path == name or path.endswith(f".{name}") for name in names)

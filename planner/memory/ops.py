@@ -1,0 +1,470 @@
+"""Torch's operations, as far as memory goes: what each allocates, saves, and makes in backward.
+
+Every rule is torch's own: what is saved is read from tools/autograd/derivatives.yaml, what
+autocast casts from aten/src/ATen/autocast_mode.h (CUDA lists). An operation also counts its work:
+FLOPs, bytes read and written, kernel launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+from planner.dtypes import DType
+from planner.memory.storage import Recorder
+from planner.memory.tensor import (
+    Backward,
+    Frame,
+    Node,
+    Saved,
+    Shape,
+    StopRecomputation,
+    Tensor,
+    run_backward,
+)
+
+F32 = DType.FLOAT32
+BOOL = DType.BOOL
+
+
+class Work:
+    """Counters of a step's work, summed over operations."""
+
+    __slots__ = ("flops_16bit", "flops_fp32", "launches", "traffic_bytes")
+
+    def __init__(self) -> None:
+        self.flops_16bit: Any = 0
+        self.flops_fp32: Any = 0
+        self.traffic_bytes: Any = 0
+        self.launches: Any = 0
+
+    def copy(self) -> Work:
+        """The counters as they stand."""
+        other = Work()
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
+        return other
+
+
+class Engine:
+    """Runs operations on shadow tensors and records what they allocate."""
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.recorder = recorder or Recorder()
+        self.work = Work()
+        self.autocast_dtype: DType | None = None
+        self.grad_enabled = True
+        self._cast_cache: dict[int, Tensor] = {}
+        self._seq = 0
+        self._frame: Frame | None = None  # a checkpointed forward is running
+        self._refill: tuple[Frame, list[int]] | None = None  # a recomputation is running
+        self._refill_kept: list[Any] = []
+        self.on_leaf_gradient: Callable[[Tensor], None] | None = None
+
+    # -- allocation and graph ------------------------------------------------------------------
+
+    def new(
+        self, shape: Shape, dtype: DType, op: str, category: str = "temporaries"
+    ) -> Tensor:
+        """A fresh contiguous tensor."""
+        return Tensor(self.recorder.allocate(shape, dtype, op, category), shape, dtype)
+
+    def count(self, traffic_bytes: Any, launches: int = 1) -> None:
+        """Add memory-bound work."""
+        work = self.work
+        work.traffic_bytes = work.traffic_bytes + traffic_bytes
+        work.launches += launches
+
+    def count_matmul(self, flops: Any, traffic_bytes: Any, dtype: DType) -> None:
+        """Add a matrix product's work."""
+        work = self.work
+        if dtype is F32:
+            work.flops_fp32 = work.flops_fp32 + flops
+        else:
+            work.flops_16bit = work.flops_16bit + flops
+        work.traffic_bytes = work.traffic_bytes + traffic_bytes
+        work.launches += 1
+
+    def wants_grad(self, *inputs: Tensor | None) -> bool:
+        """Whether an operation on `inputs` is recorded."""
+        return self.grad_enabled and any(t is not None and t.requires_grad for t in inputs)
+
+    def record(
+        self, output: Tensor, inputs: Sequence[Tensor | None], saved: Sequence[Tensor | None],
+        backward: Backward, kept: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """Make `output` the result of a node on `inputs`.
+
+        `backward(grad)` returns one gradient per input; it reads `saved` through the node, see
+        `saved_tensors`. Does nothing where no input wants a gradient.
+        """
+        if not self.wants_grad(*inputs):
+            return output
+        output.requires_grad = True
+        slots = tuple(self._save(tensor) for tensor in saved if tensor is not None)
+        if self._refill is not None:  # the graph of a recomputation is held, but never run
+            if kept is not None:
+                self._refill_kept.append(kept)
+            return output
+        edges = tuple(
+            ((t.node or t), t.shape, t.dtype) if t is not None and t.requires_grad else None
+            for t in inputs
+        )
+        self._seq += 1
+        node = Node(self._seq, self.recorder.module, edges, slots, backward)
+        node.kept = kept
+        output.node = node
+        return output
+
+    def _save(self, tensor: Tensor) -> Saved:
+        held = tensor.detach()
+        if self._refill is not None:
+            frame, position = self._refill
+            frame.slots[position[0]].tensor = held
+            position[0] += 1
+            if position[0] == len(frame.slots):
+                raise StopRecomputation
+            return Saved(held, None)
+        if tensor.storage is not None and tensor.storage.block.category == "temporaries":
+            tensor.storage.block.category = "saved_activations"
+        if self._frame is None:
+            return Saved(held, None)
+        slot = Saved(None, self._frame)
+        self._frame.slots.append(slot)
+        return slot
+
+    def checkpoint(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """torch.utils.checkpoint, non-reentrant: save the input, recompute in backward."""
+        module, autocast = self.recorder.module, self.autocast_dtype
+
+        def run(frame: Frame) -> None:
+            outer = (self._refill, self.autocast_dtype, self._cast_cache, self.grad_enabled)
+            outer_module = self.recorder.module
+            self._refill, self.autocast_dtype = (frame, [0]), autocast
+            self._cast_cache, self.grad_enabled = {}, True
+            self.recorder.module = module
+            try:
+                function(hidden)
+            except StopRecomputation:
+                pass
+            finally:
+                self._refill, self.autocast_dtype, self._cast_cache, self.grad_enabled = outer
+                self._refill_kept.clear()
+                self.recorder.module = outer_module
+
+        if not self.grad_enabled:
+            return function(hidden)
+        outer_frame, self._frame = self._frame, Frame(run)
+        try:
+            return function(hidden)
+        finally:
+            self._frame = outer_frame
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """torch.no_grad()."""
+        outer, self.grad_enabled = self.grad_enabled, False
+        try:
+            yield
+        finally:
+            self.grad_enabled = outer
+
+    @contextmanager
+    def autocast(self, dtype: DType | None) -> Iterator[None]:
+        """torch.autocast("cuda", dtype); None disables. Leaving the outermost clears the cache."""
+        outer, outer_cache = self.autocast_dtype, self._cast_cache
+        self.autocast_dtype = dtype
+        if outer is None and dtype is not None:
+            self._cast_cache = {}
+        try:
+            yield
+        finally:
+            self.autocast_dtype, self._cast_cache = outer, outer_cache
+
+    def backward(self, loss: Tensor) -> None:
+        """loss.backward(): a gradient of ones, then the graph."""
+        assert loss.node is not None, "no parameter wants a gradient"
+        run_backward(self, loss.node, self.new(loss.shape, loss.dtype, "ones_like"))
+
+    def fit_gradient(self, grad: Tensor, shape: Shape, dtype: DType) -> Tensor:
+        """engine.cpp, validate_outputs: reduce a broadcast gradient, cast to the input's dtype."""
+        if grad.shape is not shape and _is_broadcast(grad.shape, shape):
+            self.count(grad_bytes(grad))
+            grad = self.new(shape, grad.dtype, "sum (broadcast gradient)")
+        if grad.dtype is not dtype:
+            self.count(grad_bytes(grad))
+            grad = self.new(grad.shape, dtype, "to (gradient)")
+        return grad
+
+    def accumulate_leaf(self, leaf: Tensor, grad: Tensor) -> None:
+        """AccumulateGrad: steal the first gradient, add the later ones in place."""
+        if leaf.grad is None:
+            leaf.grad = grad.detach()
+            if grad.storage is not None:
+                grad.storage.block.category = "gradients"
+        else:
+            self.count(3 * grad_bytes(grad))
+        if self.on_leaf_gradient is not None:
+            self.on_leaf_gradient(leaf)
+
+    # -- casts ---------------------------------------------------------------------------------
+
+    def to(self, x: Tensor, dtype: DType, op: str = "to") -> Tensor:
+        """x.to(dtype); the same tensor where nothing changes."""
+        if x.dtype is dtype:
+            return x
+        self.count(prod(x.shape) * (x.dtype.itemsize + dtype.itemsize))
+        out = self.new(x.shape, dtype, op)
+        out.contiguous = x.contiguous
+        source = x.dtype
+        return self.record(out, (x,), (), lambda g: (self._cast_raw(g, source),))
+
+    def _cast_raw(self, g: Tensor, dtype: DType) -> Tensor:
+        if g.dtype is dtype:
+            return g
+        self.count(prod(g.shape) * (g.dtype.itemsize + dtype.itemsize))
+        return self.new(g.shape, dtype, "to (backward)")
+
+    def lower(self, x: Tensor) -> Tensor:
+        """Autocast's cast of an argument of a lower-precision operation, cached for leaves."""
+        target = self.autocast_dtype
+        if target is None or x.dtype is target or not x.dtype.is_floating:
+            return x
+        is_leaf = x.requires_grad and x.node is None and x.dtype is F32
+        if is_leaf and id(x) in self._cast_cache:
+            return self._cast_cache[id(x)]
+        cast = self.to(x, target, "autocast")
+        if is_leaf:
+            self._cast_cache[id(x)] = cast
+        return cast
+
+    def upper(self, x: Tensor) -> Tensor:
+        """Autocast's cast of an argument of an fp32 operation."""
+        if self.autocast_dtype is None or not x.dtype.is_16bit:
+            return x
+        return self.to(x, F32, "autocast")
+
+    # -- views ---------------------------------------------------------------------------------
+
+    def reshape(self, x: Tensor, shape: Shape) -> Tensor:
+        """x.reshape(shape): a view when contiguous, else a copy."""
+        if not x.contiguous:
+            x = self.clone(x, "reshape")
+        return self.alias(x, shape, True)
+
+    def alias(self, x: Tensor, shape: Shape, contiguous: bool) -> Tensor:
+        """A differentiable view: view, transpose, unsqueeze, expand without broadcast."""
+        out = x.view(shape, contiguous)
+        source = x.shape
+        return self.record(out, (x,), (), lambda g: (g.view(source),))
+
+    def transpose(self, x: Tensor, first: int, second: int) -> Tensor:
+        """x.transpose(first, second): the contiguous flag flips with the layout."""
+        dims = list(x.shape)
+        dims[first], dims[second] = dims[second], dims[first]
+        return self.alias(x, tuple(dims), not x.contiguous)
+
+    def clone(self, x: Tensor, op: str = "clone") -> Tensor:
+        """x.clone() or x.contiguous() of a non-contiguous x."""
+        self.count(2 * grad_bytes(x))
+        out = self.new(x.shape, x.dtype, op)
+        return self.record(out, (x,), (), lambda g: (g,))
+
+    def contiguous(self, x: Tensor) -> Tensor:
+        """x.contiguous()."""
+        return x if x.contiguous else self.clone(x, "contiguous")
+
+    def slice_last(self, x: Tensor, size: Any) -> Tensor:
+        """x[..., a:b] of the last dimension: a view; its backward fills zeros of the whole."""
+        out = x.view((*x.shape[:-1], size), False)
+        whole, dtype = x.shape, x.dtype
+
+        def backward(g: Tensor) -> tuple[Tensor]:
+            self.count(prod(whole) * dtype.itemsize * 2, 2)
+            return (self.new(whole, dtype, "slice_backward"),)
+
+        return self.record(out, (x,), (), backward)
+
+    def cat(self, parts: Sequence[Tensor], shape: Shape) -> Tensor:
+        """torch.cat: one copy; backward gives views."""
+        dtype = parts[0].dtype
+        self.count(2 * prod(shape) * dtype.itemsize)
+        out = self.new(shape, dtype, "cat")
+        shapes = [part.shape for part in parts]
+        return self.record(
+            out, parts, (), lambda g: tuple(g.view(s, False) for s in shapes)
+        )
+
+    # -- elementwise ---------------------------------------------------------------------------
+
+    def elementwise(
+        self, x: Tensor, op: str, saved: Sequence[Tensor], temporaries: int = 0,
+        launches_backward: int = 1,
+    ) -> Tensor:  # fmt: skip
+        """A unary operation whose backward makes `temporaries` extra tensors, then the gradient."""
+        self.count(2 * grad_bytes(x))
+        out = self.new(x.shape, x.dtype, op)
+        out.contiguous = x.contiguous
+        shape, dtype = x.shape, x.dtype
+        name = f"{op} (backward)"
+
+        def backward(g: Tensor) -> tuple[Tensor]:
+            self.count((2 + 2 * temporaries) * prod(shape) * dtype.itemsize, launches_backward)
+            held = [self.new(shape, dtype, name) for _ in range(temporaries)]
+            result = self.new(shape, dtype, name)
+            del held
+            return (result,)
+
+        return self.record(out, (x,), tuple(saved), backward)
+
+    def scale(self, x: Tensor, op: str = "mul") -> Tensor:
+        """x times (or plus) a Python number: mul makes a new gradient."""
+        return self.elementwise(x, op, ())
+
+    def add_scalar(self, x: Tensor) -> Tensor:
+        """x + number: the gradient passes."""
+        self.count(2 * grad_bytes(x))
+        out = self.new(x.shape, x.dtype, "add")
+        return self.record(out, (x,), (), lambda g: (g,))
+
+    def add(self, a: Tensor, b: Tensor, op: str = "add") -> Tensor:
+        """a + b with broadcasting and promotion; nothing is saved."""
+        dtype, shape = promote(a.dtype, b.dtype), wider(a.shape, b.shape)
+        self.count(prod(shape) * (a.dtype.itemsize + b.dtype.itemsize + dtype.itemsize))
+        out = self.new(shape, dtype, op)
+        out.contiguous = a.contiguous
+        return self.record(out, (a, b), (), lambda g: (g, g))
+
+    def mul(self, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
+        """a * b: saves each factor the other's gradient needs."""
+        dtype, shape = promote(a.dtype, b.dtype), wider(a.shape, b.shape)
+        size = prod(shape)
+        self.count(size * (a.dtype.itemsize + b.dtype.itemsize + dtype.itemsize))
+        out = self.new(shape, dtype, op)
+        out.contiguous = a.contiguous
+        need_a, need_b = a.requires_grad, b.requires_grad
+
+        def backward(g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            grad_b = grad_a = None
+            if need_b:
+                self.count(3 * size * dtype.itemsize)
+                grad_b = self.new(shape, dtype, "mul (backward)")
+            if need_a:
+                self.count(3 * size * dtype.itemsize)
+                grad_a = self.new(shape, dtype, "mul (backward)")
+            return grad_a, grad_b
+
+        return self.record(out, (a, b), (b if need_a else None, a if need_b else None), backward)
+
+    def pow2(self, x: Tensor) -> Tensor:
+        """x.pow(2), an fp32 operation under autocast; saves x."""
+        x = self.upper(x)
+        self.count(2 * grad_bytes(x))
+        out = self.new(x.shape, x.dtype, "pow")
+        shape, dtype = x.shape, x.dtype
+
+        def backward(g: Tensor) -> tuple[Tensor]:
+            # functions: grad * (exponent * self.pow(exponent - 1))
+            self.count(7 * prod(shape) * dtype.itemsize, 3)
+            power = self.new(shape, dtype, "pow (backward)")
+            scaled = self.new(shape, dtype, "pow (backward)")
+            del power
+            result = self.new(shape, dtype, "pow (backward)")
+            del scaled
+            return (result,)
+
+        return self.record(out, (x,), (x,), backward)
+
+    def mean_last(self, x: Tensor) -> Tensor:
+        """x.mean(-1, keepdim=True)."""
+        self.count(grad_bytes(x))
+        out = self.new((*x.shape[:-1], 1), x.dtype, "mean")
+        shape, dtype = x.shape, x.dtype
+
+        def backward(g: Tensor) -> tuple[Tensor]:
+            self.count(prod(shape) * dtype.itemsize)
+            return (self.new(shape, dtype, "mean (backward)"),)
+
+        return self.record(out, (x,), (), backward)
+
+    def rsqrt(self, x: Tensor) -> Tensor:
+        """torch.rsqrt, an fp32 operation under autocast; saves its result."""
+        x = self.upper(x)
+        self.count(2 * grad_bytes(x))
+        out = self.new(x.shape, x.dtype, "rsqrt")
+        shape, dtype = x.shape, x.dtype
+
+        def backward(g: Tensor) -> tuple[Tensor]:
+            self.count(4 * prod(shape) * dtype.itemsize, 3)
+            return (self.new(shape, dtype, "rsqrt (backward)"),)
+
+        return self.record(out, (x,), (out,), backward)
+
+    def neg(self, x: Tensor) -> Tensor:
+        """-x."""
+        return self.elementwise(x, "neg", ())
+
+    def activation(self, x: Tensor, op: str) -> Tensor:
+        """silu, gelu, quick-gelu's sigmoid...: saves its input, one fused backward kernel."""
+        return self.elementwise(x, op, (x,))
+
+    def tanh(self, x: Tensor) -> Tensor:
+        """torch.tanh: saves its result."""
+        self.count(2 * grad_bytes(x))
+        out = self.new(x.shape, x.dtype, "tanh")
+        shape, dtype = x.shape, x.dtype
+        return self.record(
+            out, (x,), (out,), lambda g: (self.new(shape, dtype, "tanh (backward)"),)
+        )
+
+    def dropout(self, x: Tensor, probability: float) -> Tensor:
+        """F.dropout in training on CUDA: native_dropout, which saves a byte mask."""
+        if probability == 0:
+            return x
+        self.count(2 * grad_bytes(x) + prod(x.shape))
+        out = self.new(x.shape, x.dtype, "dropout")
+        mask = self.new(x.shape, BOOL, "dropout mask")
+        shape, dtype = x.shape, x.dtype
+
+        def backward(g: Tensor) -> tuple[Tensor]:
+            self.count(prod(shape) * (2 * dtype.itemsize + 1))
+            return (self.new(shape, dtype, "dropout (backward)"),)
+
+        return self.record(out, (x,), (mask,), backward)
+
+
+def grad_bytes(x: Tensor) -> Any:
+    """Bytes of a tensor's elements."""
+    return prod(x.shape) * x.dtype.itemsize
+
+
+def promote(a: DType, b: DType) -> DType:
+    """torch.promote_types for the floating types met here (bfloat16 with float16 is float32)."""
+    if a is b:
+        return a
+    if a is F32 or b is F32 or (a.is_16bit and b.is_16bit):
+        return F32
+    return a if a.is_floating else b
+
+
+def wider(a: Shape, b: Shape) -> Shape:
+    """The broadcast shape of two shapes; dimensions are equal or 1."""
+    if len(a) < len(b):
+        a, b = b, a
+    offset = len(a) - len(b)
+    return a[:offset] + tuple(
+        y if _is_one(x) else x
+        for x, y in zip(a[offset:], b, strict=True)
+    )
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1  # an array dimension is never broadcast
+
+
+def _is_broadcast(shape: Shape, target: Shape) -> bool:
+    if len(shape) != len(target):
+        return len(shape) > len(target)
+    return any(_is_one(t) and not _is_one(s) for s, t in zip(shape, target, strict=True))

@@ -1,0 +1,97 @@
+"""One optimizer step of the stock stack: what Trainer, accelerate and torch do, in their order.
+
+transformers/trainer.py (training_step, compute_loss), accelerate/accelerator.py (prepare_model:
+autocast around forward, outputs to fp32), torch/nn/utils/clip_grad.py. The step modelled is the
+second one: optimizer states exist, gradients are None at its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from planner.dtypes import DType
+from planner.memory.loaded import COMPUTE, Loaded
+from planner.memory.ops import F32, Engine, Work
+from planner.memory.storage import Recorder
+from planner.memory.tensor import Tensor
+
+INT64 = DType.INT64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The inputs of one forward. Images: `pixels` as the family's processor makes them."""
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    pixels: Tensor | None = None
+
+
+Forward = Callable[[Engine, Loaded, Batch], tuple[Tensor, Tensor]]
+
+
+def run_step(
+    engine: Engine, loaded: Loaded, forward: Forward, batch: Batch, optimizer: Callable[[], None]
+) -> None:
+    """Forward, loss, backward, clipping and optimizer of one step, recorded by the engine."""
+    recorder = engine.recorder
+    for micro in range(min(loaded.spec.gradient_accumulation_steps, 2)):
+        recorder.enter("forward")
+        loss = stock_loss(engine, loaded, forward, batch)
+        recorder.enter("backward")
+        engine.backward(loss)
+        recorder.module = ""
+        del loss
+        if micro == 0:
+            first = Work.copy(engine.work)
+    engine.forward_work = first
+    recorder.enter("clipping")
+    clip(engine, loaded)
+    recorder.enter("optimizer step")
+    optimizer()
+    recorder.enter("end")
+
+
+def stock_loss(engine: Engine, loaded: Loaded, forward: Forward, batch: Batch) -> Tensor:
+    """compute_loss: the wrapped forward under autocast, its outputs turned to fp32, the loss."""
+    precision = loaded.spec.precision
+    autocast = None if precision == "fp32" else COMPUTE[precision]
+    with engine.autocast(autocast):
+        loss, logits = forward(engine, loaded, batch)
+    recorder = engine.recorder
+    if autocast is not None:
+        with recorder.scope("accelerate (outputs to fp32)"):
+            converted = engine.to(logits, F32, "float (outputs)")
+        del converted
+    del logits
+    if precision == "fp16":
+        loss = engine.scale(loss, "mul (loss scale)")
+    return loss
+
+
+def clip(engine: Engine, loaded: Loaded) -> None:
+    """clip_grad_norm_, foreach: a norm a gradient, then one multiplication in place."""
+    if not loaded.spec.max_grad_norm:
+        return
+    grads = [leaf for leaf in loaded.leaves.values() if leaf.grad is not None]
+    with engine.recorder.scope("clip_grad_norm_"):
+        norms = [engine.new((), leaf.grad.dtype, "norm") for leaf in grads]
+        stacked = engine.new((len(norms),), F32, "stack")
+        total = engine.new((), F32, "norm")
+    size: Any = sum(leaf.grad.storage.block.nbytes for leaf in grads)
+    engine.count(3 * size, 4)
+    del norms, stacked, total
+
+
+def inputs(recorder: Recorder, batch: Any, length: Any) -> Batch:
+    """input_ids, attention_mask and labels of (batch, length) on the device."""
+
+    def make(name: str) -> Tensor:
+        storage = recorder.allocate((batch, length), INT64, name, "inputs")
+        return Tensor(storage, (batch, length), INT64)
+
+    with recorder.scope("inputs"):
+        return Batch(make("input_ids"), make("labels"), make("attention_mask"))

@@ -1,0 +1,174 @@
+"""Tensors and autograd, without torch: shapes, dtypes, storages, and what a backward needs.
+
+The engine follows torch/csrc/autograd: nodes run by falling sequence number (engine.cpp), a second
+gradient is added in place when nobody else holds the first (input_buffer.cpp), gradients are cast
+and reduced to the metadata of the input they belong to (engine.cpp, validate_outputs), a leaf
+steals its first gradient (functions/accumulate_grad.h), saved tensors go when their node has run,
+attributes of a Python `ctx` only when the graph does.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from planner.dtypes import DType
+from planner.memory.storage import Storage
+
+Shape = tuple[Any, ...]
+Backward = Callable[["Tensor"], Sequence["Tensor | None"]]
+
+
+class Tensor:
+    """A tensor: a view of a storage. `node` made it; a leaf has none, and may require a gradient."""
+
+    __slots__ = ("contiguous", "dtype", "grad", "name", "node", "requires_grad", "shape", "storage")
+
+    def __init__(
+        self,
+        storage: Storage | None,
+        shape: Shape,
+        dtype: DType,
+        requires_grad: bool = False,
+        node: Node | None = None,
+        contiguous: bool = True,
+        name: str = "",
+    ) -> None:
+        self.storage = storage
+        self.shape = shape
+        self.dtype = dtype
+        self.requires_grad = requires_grad
+        self.node = node
+        self.contiguous = contiguous
+        self.name = name
+        self.grad: Tensor | None = None
+
+    def view(self, shape: Shape, contiguous: bool | None = None) -> Tensor:
+        """The same storage in another shape, outside autograd."""
+        layout = self.contiguous if contiguous is None else contiguous
+        return Tensor(self.storage, shape, self.dtype, contiguous=layout)
+
+    def detach(self) -> Tensor:
+        """The same storage without history."""
+        return Tensor(self.storage, self.shape, self.dtype, contiguous=self.contiguous)
+
+
+class Saved:
+    """A saved tensor: held, or (in a checkpointed region) to be recomputed from its frame."""
+
+    __slots__ = ("frame", "tensor")
+
+    def __init__(self, tensor: Tensor | None, frame: Frame | None) -> None:
+        self.tensor = tensor
+        self.frame = frame
+
+    def get(self) -> Tensor:
+        """The tensor; recomputes its checkpointed region on first use."""
+        if self.tensor is None:
+            assert self.frame is not None
+            self.frame.recompute()
+        assert self.tensor is not None
+        return self.tensor
+
+
+class Frame:
+    """One checkpointed region: its saved slots in order, and the function that refills them."""
+
+    __slots__ = ("run", "slots")
+
+    def __init__(self, run: Callable[[Frame], None]) -> None:
+        self.run = run
+        self.slots: list[Saved] = []
+
+    def recompute(self) -> None:
+        """Run the region again; every slot is filled when it returns (early stop included)."""
+        self.run(self)
+
+
+class Node:
+    """A step of the backward pass.
+
+    edges: per input, (node or leaf, shape, dtype), or None where no gradient is wanted;
+    saved: released after the node ran; kept: a custom function's ctx attributes, released with the
+    graph.
+    """
+
+    __slots__ = ("apply", "buffer", "edges", "instant", "kept", "module", "queued", "saved", "seq")
+
+    def __init__(
+        self,
+        seq: int,
+        module: str,
+        edges: tuple[tuple[Any, Shape, DType] | None, ...],
+        saved: tuple[Saved, ...],
+        apply: Backward,
+    ) -> None:
+        self.seq = seq
+        self.module = module
+        self.edges = edges
+        self.saved = saved
+        self.apply = apply
+        self.kept: Any = None
+        self.buffer: Tensor | None = None
+        self.queued = False
+        self.instant: str | None = None
+
+
+class StopRecomputation(Exception):  # noqa: N818 - the name torch gives it
+    """Every saved slot of the frame is filled: the rest of the region need not run."""
+
+
+def run_backward(engine: Any, root: Node, grad: Tensor) -> None:
+    """Run the graph below `root`; `engine` supplies add, cast and reduce (planner.memory.ops)."""
+    root.buffer = grad
+    del grad
+    queue: list[tuple[int, Node]] = [(-root.seq, root)]
+    while queue:
+        node = heapq.heappop(queue)[1]
+        _run_node(engine, node, queue)
+
+
+def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
+    recorder = engine.recorder
+    if node.instant is not None:
+        recorder.enter(node.instant)
+    recorder.module = node.module
+    grad = node.buffer
+    node.buffer = None
+    assert grad is not None
+    results = list(node.apply(grad))
+    del grad
+    node.saved = ()
+    for position, edge in enumerate(node.edges):
+        if edge is None:
+            continue
+        target, shape, dtype = edge
+        result = results[position]
+        results[position] = None
+        if result is None:
+            continue
+        result = engine.fit_gradient(result, shape, dtype)
+        if isinstance(target, Node):
+            _accumulate(engine, target, result)
+            if not target.queued:
+                target.queued = True
+                heapq.heappush(queue, (-target.seq, target))
+        else:
+            engine.accumulate_leaf(target, result)
+        del result
+
+
+def _accumulate(engine: Any, node: Node, grad: Tensor) -> None:
+    """input_buffer.cpp, accumulate: in place into whichever gradient nobody else holds."""
+    if node.buffer is None:
+        node.buffer = grad
+        return
+    old = node.buffer
+    if sys.getrefcount(old.storage) <= 2 and sys.getrefcount(old) <= 3:
+        return  # old.add_(grad)
+    if sys.getrefcount(grad.storage) <= 2:
+        node.buffer = grad  # grad.add_(old)
+        return
+    node.buffer = engine.new(old.shape, old.dtype, "add (gradients)")
