@@ -1,0 +1,21 @@
+"""What families share about images: text models take none, and some need to know the size."""
+
+from __future__ import annotations
+
+from planner.errors import InputError, Problem
+from planner.models.decoder import DecoderGeometry
+
+
+def no_images(geometry: DecoderGeometry, image_size: int | None) -> int:
+    """`image_tokens` and `image_features` of a text-only family: raises InputError."""
+    raise InputError(
+        Problem("images_per_sample", f"{geometry.model_type} models take no images", allowed="0")
+    )
+
+
+def needed_size(model_type: str, image_size: int | None) -> int:
+    """`image_size` where the family cannot do without it; InputError where it is not given."""
+    if image_size is None:
+        message = f"is needed: a {model_type} model spends tokens by the size of the image"
+        raise InputError(Problem("image_size", message, allowed="the edge of a square, in pixels"))
+    return image_size
