@@ -10,13 +10,10 @@ from probes.dry import values
 
 
 def text_batch(spec: RunSpec, config: PretrainedConfig, rows: int) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels, int64 [rows, sequence_length], on meta with values."""
+    """input_ids and labels, int64 [rows, sequence_length], on meta with values."""
     length = spec.sequence_length
     ids = torch.full((rows, length), 5, dtype=torch.int64)
-    ones = torch.ones((rows, length), dtype=torch.int64)
-    return {
-        "input_ids": _placed(ids), "attention_mask": _placed(ones), "labels": _placed(ids.clone()),
-    }  # fmt: skip
+    return {"input_ids": _placed(ids), "labels": _placed(ids.clone())}
 
 
 def _placed(tensor: torch.Tensor) -> torch.Tensor:

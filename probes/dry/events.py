@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
+
+from planner.memory.allocator import EMPTY_CACHE, RESET_PEAKS, Replay, replay
 
 Category = Literal[
     "parameters", "gradients", "optimizer_states", "saved_activations", "logits", "temporaries",
@@ -23,7 +26,7 @@ class Event:
     counts forwards, backwards and recomputations, so that what outlives its section can be told.
     """
 
-    kind: Literal["alloc", "free"]
+    kind: Literal["alloc", "free", "empty_cache"]
     storage_id: int
     size_bytes: int
     op: str
@@ -51,17 +54,18 @@ class LiveBytes:
 class Trace:
     """A traced run: loading (`load`), then the steps (`events`), which start with what loading left.
 
-    constants: named bytes that no trace can see (library workspaces), live during every step.
+    Sizes are those of the storages; `stream` gives the allocator's input, whose blocks also hold
+    what it does not split off.
     """
 
     load: list[Event]
     events: list[Event]
-    constants: dict[str, int] = field(default_factory=dict)
     unknown_operations: tuple[str, ...] = ()
     evaluation: list[Event] = field(default_factory=list)
     seconds: float = 0.0
     total_parameters: int = 0
     trainable_parameters: int = 0
+    expandable: bool = False
 
     @property
     def resident_bytes(self) -> int:
@@ -69,18 +73,28 @@ class Trace:
         return live_bytes(self.load)
 
     @property
-    def constant_bytes(self) -> int:
-        return sum(self.constants.values())
-
-    @property
-    def traced_peak_bytes(self) -> int:
-        """Largest sum of live storages over the steps, without the constants."""
+    def peak_live_bytes(self) -> int:
+        """Largest sum of live storages over the steps."""
         return peak(self.load, self.events)[0]
 
     @property
     def peak_allocated_bytes(self) -> int:
-        """What `torch.cuda.max_memory_allocated()` should say after the steps."""
-        return self.traced_peak_bytes + self.constant_bytes
+        """What `torch.cuda.max_memory_allocated()` should say: blocks, remainders included."""
+        return self.replayed.peak_allocated_bytes
+
+    @property
+    def allocated_after_load_bytes(self) -> int:
+        """What `torch.cuda.memory_allocated()` should say before the first step."""
+        return replay(stream(self.load), expandable_segments=self.expandable).allocated_bytes
+
+    @cached_property
+    def replayed(self) -> Replay:
+        """The whole run through the caching allocator, peaks reset after loading."""
+        return replay(self.stream(), expandable_segments=self.expandable)
+
+    def stream(self) -> list[tuple[int, int]]:
+        """Loading and steps as the allocator's input."""
+        return [*stream(self.load), RESET_PEAKS, *stream(self.events)]
 
     @property
     def peak_index(self) -> int:
@@ -104,17 +118,25 @@ class Trace:
         """Peak of an evaluation step after the training steps, or None when there is none."""
         if not self.evaluation:
             return None
-        return peak([*self.load, *self.events], self.evaluation)[0] + self.constant_bytes
+        return peak([*self.load, *self.events], self.evaluation)[0]
 
     def live_at_peak(self) -> list[LiveBytes]:
         """What fills the peak, by category, module and operation; largest first.
 
-        The sizes, with the constants, sum to `peak_allocated_bytes`.
+        The sizes sum to `peak_live_bytes`.
         """
         live = live_storages([*self.load, *self.events[: self.peak_index + 1]])
         rows = grouped(live)
-        rows += [LiveBytes("workspace", "", name, size, 1) for name, size in self.constants.items()]
         return sorted(rows, key=lambda row: -row.size_bytes)
+
+
+def stream(events: Sequence[Event]) -> list[tuple[int, int]]:
+    """Events as the allocator's input (planner.memory.allocator.replay)."""
+    return [
+        EMPTY_CACHE if e.kind == "empty_cache"
+        else (e.storage_id, e.size_bytes if e.kind == "alloc" else 0)
+        for e in events
+    ]  # fmt: skip
 
 
 def live_bytes(events: Sequence[Event]) -> int:
@@ -127,7 +149,7 @@ def peak(before: Sequence[Event], events: Sequence[Event]) -> tuple[int, int]:
     live = live_bytes(before)
     best, index = live, 0
     for position, event in enumerate(events):
-        if event.kind == "free":
+        if event.kind != "alloc":
             live -= event.size_bytes
             continue
         live += event.size_bytes
@@ -142,7 +164,7 @@ def live_storages(events: Sequence[Event]) -> list[Event]:
     for event in events:
         if event.kind == "alloc":
             live[event.storage_id] = event
-        else:
+        elif event.kind == "free":
             live.pop(event.storage_id)
     return list(live.values())
 

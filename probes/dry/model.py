@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,15 @@ def quantization_config(spec: RunSpec) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=spec.quantization,
         bnb_4bit_use_double_quant=spec.double_quant,
-        bnb_4bit_compute_dtype=DTYPES[spec.precision],
+        bnb_4bit_compute_dtype=DTYPES[spec.weights_dtype],
     )  # fmt: skip
 
 
-def adapt(model: PreTrainedModel, spec: RunSpec) -> torch.nn.Module:
+def adapt(model: PreTrainedModel, spec: RunSpec, empty_cache: Callable[[], None]) -> torch.nn.Module:
     """`prepare_model_for_kbit_training` where quantised, then the adapter; or all of it trainable."""
     if spec.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        empty_cache()  # its auto_clear_cache
     if spec.method == "full":
         return model
     targets = spec.lora.target_modules
@@ -178,15 +180,11 @@ def _meta(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _keep_in_fp32(model: PreTrainedModel, spec: RunSpec) -> None:
     """Modules that the class keeps in fp32 when loaded in 16 bits (modeling_utils)."""
-    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if spec.weights_dtype == "float16":
-        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if not names or spec.weights_dtype == "float32":
-        return
-    pattern = re.compile("|".join(rf"((^|\.){re.escape(name)}($|\.))" for name in names))
+    plan = model._get_dtype_plan(DTYPES[spec.weights_dtype])
     for path, parameter in model.named_parameters():
-        if pattern.search(path):
-            parameter.data = parameter.data.to(torch.float32)
+        for pattern, dtype in plan.items():
+            if re.search(pattern, path):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _complete_vocabulary(config: PretrainedConfig) -> None:

@@ -17,6 +17,10 @@ from probes.dry.scope import Scope
 from probes.dry.target import Target
 
 ROUNDING_BYTES = 512  # kMinBlockSize of c10/cuda/CUDACachingAllocator.cpp
+_aten = torch.ops.aten
+MATRIX_PRODUCTS = frozenset(
+    (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
+)
 
 
 class Recorder(TorchDispatchMode):
@@ -37,11 +41,14 @@ class Recorder(TorchDispatchMode):
         self.unknown: dict[str, None] = {}
         self._live: dict[int, tuple[int, Event, Any]] = {}
         self._count = 0
+        self._handles: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in MATRIX_PRODUCTS:
+            self._workspace()
         standin = standins.lookup(func)
         if standin is not None:
             result = standin(self, func, args, kwargs)
@@ -107,6 +114,10 @@ class Recorder(TorchDispatchMode):
             self.phase, self.category = before
             self.section += 1
 
+    def empty_cache(self) -> None:
+        """`torch.cuda.empty_cache()` was called here: no bytes, but a mark for the allocator."""
+        self.events.append(self._event("empty_cache", 0, "empty_cache", None))
+
     def take(self) -> list[Event]:
         """The events so far, removed from the recorder (what lives stays known to it)."""
         events, self.events = self.events, []
@@ -114,6 +125,15 @@ class Recorder(TorchDispatchMode):
 
     def note_unknown(self, what: str) -> None:
         self.unknown.setdefault(what)
+
+    def _workspace(self) -> None:
+        """cuBLAS takes one workspace a handle, and each thread that multiplies has its handle:
+        the caller's and autograd's. They stay (ATen/cuda/CublasHandlePool.cpp)."""
+        thread = "backward" if self.phase in ("backward", "recompute") else "forward"
+        if self.target.cublas_workspace_bytes and thread not in self._handles:
+            self._handles.add(thread)
+            event = self.begin("cuBLAS workspace", self.target.cublas_workspace_bytes)
+            event.category = "workspace"
 
     def _event(self, kind: Any, size_bytes: int, func: Any, tensor: torch.Tensor | None) -> Event:
         self._count += 1

@@ -30,6 +30,11 @@ class Target:
         return bool(_heuristic(props)(0, dtype, rows, out, into))
 
     @property
+    def cublas_workspace_bytes(self) -> int:
+        """CublasHandlePool.cpp `parseChosenWorkspaceSize`: 32 MiB from Hopper on, else 8.1 MiB."""
+        return 4096 * 8 * 1024 if self.major >= 9 else 4096 * 1024 * 2 + 16 * 1024 * 8
+
+    @property
     def prefers_cudnn_attention(self) -> bool:
         """sdp_utils.cpp `check_prefer_cudnn_attention`: data-centre Hopper and Blackwell."""
         return self.major in (9, 10) and self.minor == 0

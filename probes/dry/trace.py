@@ -7,25 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from bitsandbytes.nn import Params4bit
 from transformers import PretrainedConfig
 
 from planner.spec import RunSpec
-from planner.units import MIB
 from probes.dry import model as models
 from probes.dry.autocast import CudaSemantics
 from probes.dry.batch import text_batch
 from probes.dry.events import Trace
+from probes.dry.load import load
 from probes.dry.optimizers import create_optimizer, cuda_defaults
 from probes.dry.recorder import Recorder
 from probes.dry.scope import Scope
 from probes.dry.step import StockStep
 from probes.dry.target import Target
-
-# Library workspaces that no trace can see. cuBLAS takes one of 32 MiB a handle on sm90 through the
-# caching allocator, cublasLt another (aten/src/ATen/cuda/CublasHandlePool.cpp).
-CUBLAS_WORKSPACE_BYTES = 64 * MIB
-
 
 def trace(
     spec: RunSpec, *, layers: int | None = None, config: PretrainedConfig | None = None,
@@ -43,10 +37,10 @@ def trace(
     with scope.hooked(), recorder, cuda_defaults():
         scope.name(base)
         with recorder.during("load", "parameters"):
-            _load(recorder, base)
-            model = models.adapt(base, spec)
+            load(recorder, base)
+            model = models.adapt(base, spec, recorder.empty_cache)
         scope.name(model)
-        load = recorder.take()
+        loaded = recorder.take()
         step = _stock_step(spec, config, model, recorder)
         for number in range(1, steps + 1):
             recorder.step = number
@@ -54,9 +48,8 @@ def trace(
         events = recorder.take()
         evaluation = _evaluate(spec, config, step) if spec.evaluation_batch_size else []
     result = Trace(
-        load, events, {"cuBLAS workspace": CUBLAS_WORKSPACE_BYTES}, tuple(recorder.unknown),
-        evaluation, 0.0, sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        loaded, events, tuple(recorder.unknown), evaluation, 0.0, sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters() if p.requires_grad), spec.expandable_segments,
     )  # fmt: skip
     result.seconds = time.perf_counter() - started
     return result
@@ -81,41 +74,6 @@ def _evaluate(spec: RunSpec, config: PretrainedConfig, step: StockStep) -> list:
             step.recorder.track(tensor, "input batch")
     step.evaluate(batch)
     return step.recorder.take()
-
-
-def _load(recorder: Recorder, model: torch.nn.Module) -> None:
-    """Parameters and buffers as loading puts them on the device, in the model's order.
-
-    A weight to be quantised arrives in 16 bits first; its fp32 maxima go when they are themselves
-    quantised (bitsandbytes/functional.py `quantize_4bit`).
-    """
-    for path, parameter in model.named_parameters():
-        module = path.rpartition(".")[0]
-        with recorder.scope.inside(module):
-            if isinstance(parameter, Params4bit):
-                _load_4bit(recorder, parameter)
-            else:
-                recorder.track(parameter, "load")
-    for path, buffer in model.named_buffers():
-        with recorder.scope.inside(path.rpartition(".")[0]):
-            recorder.track(buffer, "load")
-
-
-def _load_4bit(recorder: Recorder, parameter: Params4bit) -> None:
-    state = parameter.quant_state
-    source = recorder.begin("load", state.shape.numel() * state.dtype.itemsize)
-    nested = state.nested
-    if nested:
-        maxima = recorder.begin("quantize_4bit", state.absmax.numel() * 4)
-    recorder.track(state.absmax, "quantize_4bit")
-    recorder.track(parameter, "quantize_4bit")
-    recorder.track(state.code, "quantize_4bit")
-    if nested:
-        recorder.track(state.offset, "quantize_4bit")
-        recorder.track(state.state2.absmax, "quantize_4bit")
-        recorder.track(state.state2.code, "quantize_4bit")
-        recorder.end(maxima)
-    recorder.end(source)
 
 
 @contextmanager

@@ -1,0 +1,351 @@
+"""torch's CUDA caching allocator (c10/cuda/CUDACachingAllocator.cpp, torch 2.11), in plain Python.
+
+It turns a stream of allocations and releases into what `torch.cuda` reports: allocated bytes (whole
+blocks, with the remainders it does not split off) and reserved bytes, under a cap or without.
+One stream, default configuration or expandable segments. Left out: max_split_size, power-of-two
+rounding, garbage collection, private pools.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from planner.errors import VramwiseError
+
+MIN_BLOCK_BYTES = 512  # kMinBlockSize: every size is a multiple of it
+SMALL_BYTES = 1 << 20  # kSmallSize: the largest request of the small pool
+SMALL_BUFFER_BYTES = 2 << 20  # kSmallBuffer: a segment of the small pool
+LARGE_BUFFER_BYTES = 20 << 20  # kLargeBuffer: a segment for requests below kMinLargeAlloc
+MIN_LARGE_BYTES = 10 << 20  # kMinLargeAlloc
+ROUND_LARGE_BYTES = 2 << 20  # kRoundLarge
+_ADDRESS_BITS = 48
+_ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
+_EXPANDABLE_SPACE = 1 << 44  # address space of an expandable segment: more than any card
+
+
+class OutOfMemoryError(VramwiseError):
+    """The cap does not hold the next segment, even after cached segments are given back."""
+
+
+class _Block:
+    """A stretch of a segment. `prev` and `next` are its neighbours by address."""
+
+    __slots__ = ("address", "allocated", "mapped", "next", "pool", "prev", "size")
+
+    def __init__(self, address: int, size: int, pool: _Pool) -> None:
+        self.address = address
+        self.size = size
+        self.pool = pool
+        self.prev: _Block | None = None
+        self.next: _Block | None = None
+        self.allocated = False
+        self.mapped = True
+
+
+class _Pool:
+    """Free blocks ordered by (size, address), both in one integer."""
+
+    __slots__ = ("blocks", "keys", "min_remainder", "segment_bytes", "unmapped")
+
+    def __init__(self, segment_bytes: int, min_remainder: int) -> None:
+        self.keys: list[int] = []
+        self.blocks: dict[int, _Block] = {}
+        self.segment_bytes = segment_bytes
+        self.min_remainder = min_remainder
+        self.unmapped: list[_Block] = []
+
+    def insert(self, block: _Block) -> None:
+        key = block.size << _ADDRESS_BITS | block.address
+        insort(self.keys, key)
+        self.blocks[key] = block
+
+    def remove(self, block: _Block) -> None:
+        key = block.size << _ADDRESS_BITS | block.address
+        del self.keys[bisect_left(self.keys, key)]
+        del self.blocks[key]
+
+
+class CachingAllocator:
+    """`malloc` and `free` as torch would, with its statistics.
+
+    cap_bytes: the limit of `set_per_process_memory_fraction` in bytes (None: no limit).
+    """
+
+    def __init__(self, cap_bytes: int | None = None, *, expandable_segments: bool = False) -> None:
+        self.cap_bytes = cap_bytes
+        self.expandable = expandable_segments
+        least = MIN_BLOCK_BYTES if expandable_segments else SMALL_BYTES + 1
+        self._small = _Pool(SMALL_BUFFER_BYTES, MIN_BLOCK_BYTES)
+        self._large = _Pool(LARGE_BUFFER_BYTES, least)
+        self._next_address = ROUND_LARGE_BYTES
+        self.allocated_bytes = self.peak_allocated_bytes = 0
+        self.reserved_bytes = self.peak_reserved_bytes = 0
+        self.retries = 0
+
+    def malloc(self, size_bytes: int) -> _Block:
+        """A block of at least `size_bytes`; raises OutOfMemoryError when the cap forbids it."""
+        size = max(-(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES, MIN_BLOCK_BYTES)
+        pool = self._small if size <= SMALL_BYTES else self._large
+        block = self._cached(pool, size) or self._new(pool, size)
+        if block is None:
+            self.retries += 1
+            self.empty_cache()
+            block = self._new(pool, size)
+        if block is None:
+            raise OutOfMemoryError(
+                f"{size} bytes do not fit: {self.reserved_bytes} reserved, cap {self.cap_bytes}"
+            )
+        if block.size - size >= pool.min_remainder:
+            self._split(block, size)
+        block.allocated = True
+        self.allocated_bytes += block.size
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
+        return block
+
+    def free(self, block: _Block) -> None:
+        """Back to its pool, merged with free neighbours."""
+        self.allocated_bytes -= block.size
+        block.allocated = False
+        pool = block.pool
+        self._merge_neighbours(block, pool)
+        pool.insert(block)
+
+    def empty_cache(self) -> None:
+        """`torch.cuda.empty_cache`: segments that are free in whole go back to the driver."""
+        for pool in (self._large, self._small):
+            for block in list(pool.blocks.values()):
+                if self.expandable:
+                    self._unmap(block, pool)
+                elif block.prev is None and block.next is None:
+                    pool.remove(block)
+                    self.reserved_bytes -= block.size
+
+    def reset_peaks(self) -> None:
+        """`torch.cuda.reset_peak_memory_stats`."""
+        self.peak_allocated_bytes = self.allocated_bytes
+        self.peak_reserved_bytes = self.reserved_bytes
+
+    def _cached(self, pool: _Pool, size: int) -> _Block | None:
+        """Best fit: the smallest free block that is large enough, lowest address first."""
+        keys = pool.keys
+        index = bisect_left(keys, size << _ADDRESS_BITS)
+        if index == len(keys):
+            return None
+        if self.expandable:
+            index = _least_growth(pool, index)
+        return pool.blocks.pop(keys.pop(index))
+
+    def _new(self, pool: _Pool, size: int) -> _Block | None:
+        """A fresh segment, or more of the expandable one; None when the cap forbids it."""
+        if pool is self._small:
+            wanted = SMALL_BUFFER_BYTES
+        elif size < MIN_LARGE_BYTES:
+            wanted = LARGE_BUFFER_BYTES
+        else:
+            wanted = -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
+        if self.cap_bytes is not None and self.reserved_bytes + wanted > self.cap_bytes:
+            return None
+        if self.expandable:
+            return self._grow(pool, size)
+        block = _Block(self._next_address, wanted, pool)
+        self._next_address += wanted
+        self._reserve(wanted)
+        return block
+
+    def _reserve(self, size: int) -> None:
+        self.reserved_bytes += size
+        if self.reserved_bytes > self.peak_reserved_bytes:
+            self.peak_reserved_bytes = self.reserved_bytes
+
+    def _split(self, block: _Block, size: int) -> None:
+        """Keep the low addresses, give the rest back to the pool."""
+        rest = _Block(block.address + size, block.size - size, block.pool)
+        block.size = size
+        _link_after(block, rest)
+        block.pool.insert(rest)
+
+    def _merge_neighbours(self, block: _Block, pool: _Pool) -> None:
+        before = block.prev
+        if before is not None and not before.allocated and before.mapped == block.mapped:
+            _take(pool, before)
+            block.address, block.size = before.address, block.size + before.size
+            block.prev = before.prev
+            if before.prev is not None:
+                before.prev.next = block
+        after = block.next
+        if after is not None and not after.allocated and after.mapped == block.mapped:
+            _take(pool, after)
+            block.size += after.size
+            block.next = after.next
+            if after.next is not None:
+                after.next.prev = block
+
+    def _grow(self, pool: _Pool, size: int) -> _Block:
+        """`try_allocate_expandable_block`: map what is missing after the free end of a segment."""
+        block = _room(pool, size)
+        if block is None:
+            block = _Block(self._next_address, _EXPANDABLE_SPACE, pool)
+            self._next_address += _EXPANDABLE_SPACE
+            block.mapped = False
+            pool.unmapped.append(block)
+        if not block.mapped:
+            block = self._map(block, min(block.size, size))
+        while block.size < size:
+            assert block.next is not None  # `_room` found the space
+            block = self._map(block.next, min(size - block.size, block.next.size))
+        pool.remove(block)
+        return block
+
+    def _map(self, block: _Block, size: int) -> _Block:
+        """Back the first `size` bytes of an unmapped block, in whole pages of the pool's segment."""
+        pool = block.pool
+        pool.unmapped.remove(block)
+        mapped = min(-(-size // pool.segment_bytes) * pool.segment_bytes, block.size)
+        block.mapped = True
+        if mapped < block.size:
+            rest = _Block(block.address + mapped, block.size - mapped, pool)
+            rest.mapped = False
+            block.size = mapped
+            _link_after(block, rest)
+            pool.unmapped.append(rest)
+        self._merge_neighbours(block, pool)
+        pool.insert(block)
+        self._reserve(mapped)
+        if self.cap_bytes is not None and self.reserved_bytes > self.cap_bytes:
+            raise OutOfMemoryError(f"pages of {mapped} bytes do not fit under {self.cap_bytes}")
+        return block
+
+    def _unmap(self, block: _Block, pool: _Pool) -> None:
+        """Give back the whole pages inside a free block."""
+        page = pool.segment_bytes
+        start = -(-block.address // page) * page
+        end = (block.address + block.size) // page * page
+        if start >= end or not block.mapped:
+            return
+        pool.remove(block)
+        tail = block.address + block.size - end
+        head = start - block.address
+        hole = block
+        if head:
+            hole = _Block(start, block.size - head, pool)
+            block.size = head
+            _link_after(block, hole)
+            pool.insert(block)
+        if tail:
+            rest = _Block(end, tail, pool)
+            hole.size -= tail
+            _link_after(hole, rest)
+            pool.insert(rest)
+        hole.mapped = False
+        self._merge_neighbours(hole, pool)
+        pool.unmapped.append(hole)
+        self.reserved_bytes -= end - start
+
+
+def _take(pool: _Pool, block: _Block) -> None:
+    if block.mapped:
+        pool.remove(block)
+    else:
+        pool.unmapped.remove(block)
+
+
+def _link_after(block: _Block, rest: _Block) -> None:
+    rest.prev, rest.next = block, block.next
+    if rest.next is not None:
+        rest.next.prev = rest
+    block.next = rest
+
+
+def _least_growth(pool: _Pool, index: int) -> int:
+    """With expandable segments a free block counts as large as it could grow to."""
+
+    def growable(position: int) -> int:
+        block = pool.blocks[pool.keys[position]]
+        after = block.next
+        return block.size + (after.size if after is not None and not after.mapped else 0)
+
+    while index + 1 < len(pool.keys) and growable(index + 1) < growable(index):
+        index += 1
+    return index
+
+
+def _room(pool: _Pool, size: int) -> _Block | None:
+    """The lowest free stretch that ends in unmapped space and holds `size` bytes."""
+    for candidate in sorted(pool.unmapped, key=lambda block: block.address):
+        start = candidate
+        if candidate.prev is not None and not candidate.prev.allocated:
+            start = candidate.prev
+        available, block = 0, start
+        while block is not None and not block.allocated and available < size:
+            available += block.size
+            block = block.next  # type: ignore[assignment]
+        if available >= size:
+            return start
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What the allocator says after a stream. `ok` is False when the cap was too small."""
+
+    ok: bool
+    allocated_bytes: int
+    peak_allocated_bytes: int
+    reserved_bytes: int
+    peak_reserved_bytes: int
+    retries: int
+
+
+EMPTY_CACHE = (-1, 0)
+RESET_PEAKS = (-2, 0)
+
+
+def replay(
+    stream: Iterable[tuple[int, int]], *, cap_bytes: int | None = None,
+    expandable_segments: bool = False,
+) -> Replay:  # fmt: skip
+    """Run a stream of (storage id, bytes): bytes > 0 allocates, 0 frees the id. EMPTY_CACHE and
+    RESET_PEAKS stand for the calls of those names."""
+    allocator = CachingAllocator(cap_bytes, expandable_segments=expandable_segments)
+    blocks: dict[int, _Block] = {}
+    malloc, free = allocator.malloc, allocator.free
+    ok = True
+    try:
+        for key, size in stream:
+            if size:
+                blocks[key] = malloc(size)
+            elif key >= 0:
+                free(blocks.pop(key))
+            elif key == -1:
+                allocator.empty_cache()
+            else:
+                allocator.reset_peaks()
+    except OutOfMemoryError:
+        ok = False
+    return Replay(
+        ok, allocator.allocated_bytes, allocator.peak_allocated_bytes, allocator.reserved_bytes,
+        allocator.peak_reserved_bytes, allocator.retries,
+    )  # fmt: skip
+
+
+def smallest_cap(
+    stream: Iterable[tuple[int, int]], *, expandable_segments: bool = False,
+    resolution_bytes: int = ROUND_LARGE_BYTES,
+) -> int:  # fmt: skip
+    """`allocator_required_bytes`: the smallest cap under which the stream completes.
+
+    Bisected between peak allocated and peak reserved, like the measured brackets.
+    """
+    events = list(stream)
+    free = replay(events, expandable_segments=expandable_segments)
+    low, high = free.peak_allocated_bytes - 1, free.peak_reserved_bytes
+    while high - low > resolution_bytes:
+        middle = (low + high) // 2
+        if replay(events, cap_bytes=middle, expandable_segments=expandable_segments).ok:
+            high = middle
+        else:
+            low = middle
+    return high
