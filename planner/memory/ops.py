@@ -40,13 +40,6 @@ class Work:
         self.traffic_bytes: Any = 0
         self.launches: Any = 0
 
-    def copy(self) -> Work:
-        """The counters as they stand."""
-        other = Work()
-        for name in self.__slots__:
-            setattr(other, name, getattr(self, name))
-        return other
-
 
 class Engine:
     """Runs operations on shadow tensors and records what they allocate."""

@@ -14,6 +14,7 @@ from typing import Any
 from planner.dtypes import DType
 from planner.memory.loaded import COMPUTE, Loaded
 from planner.memory.ops import F32, Engine, Work
+from planner.memory.optimizer import Optimizer
 from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
 
@@ -33,26 +34,37 @@ class Batch:
 Forward = Callable[[Engine, Loaded, Batch], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """Work of one micro batch (forward and backward), and of the clipping and optimizer."""
+
+    micro_batch: Work
+    optimizer: Work
+
+
 def run_step(
-    engine: Engine, loaded: Loaded, forward: Forward, batch: Batch, optimizer: Callable[[], None]
-) -> None:
-    """Forward, loss, backward, clipping and optimizer of one step, recorded by the engine."""
+    engine: Engine, loaded: Loaded, forward: Forward, batch: Batch, optimizer: Optimizer
+) -> StepWork:
+    """Forward, loss, backward, clipping and optimizer of one step, recorded by the engine.
+
+    With accumulation a second micro batch is run: it meets the gradients of the first.
+    """
     recorder = engine.recorder
-    for micro in range(min(loaded.spec.gradient_accumulation_steps, 2)):
+    for _ in range(min(loaded.spec.gradient_accumulation_steps, 2)):
+        engine.work = Work()
         recorder.enter("forward")
         loss = stock_loss(engine, loaded, forward, batch)
         recorder.enter("backward")
         engine.backward(loss)
         recorder.module = ""
         del loss
-        if micro == 0:
-            first = Work.copy(engine.work)
-    engine.forward_work = first
+    micro_batch, engine.work = engine.work, Work()
     recorder.enter("clipping")
     clip(engine, loaded)
     recorder.enter("optimizer step")
-    optimizer()
+    optimizer.step(engine, [leaf for leaf in loaded.leaves.values() if leaf.grad is not None])
     recorder.enter("end")
+    return StepWork(micro_batch, engine.work)
 
 
 def stock_loss(engine: Engine, loaded: Loaded, forward: Forward, batch: Batch) -> Tensor:

@@ -83,8 +83,12 @@ class Frame:
         self.slots: list[Saved] = []
 
     def recompute(self) -> None:
-        """Run the region again; every slot is filled when it returns (early stop included)."""
+        """Run the region again; every slot is filled when it returns (early stop included).
+
+        The frame lives on, and its inputs with it, until the last of its slots is released.
+        """
         self.run(self)
+        self.slots = []  # or frame and slots would hold each other
 
 
 class Node:

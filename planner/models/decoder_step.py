@@ -12,6 +12,7 @@ from planner.dtypes import DType
 from planner.memory import layers as nn
 from planner.memory.loaded import Loaded
 from planner.memory.ops import F32, Engine
+from planner.memory.step import Batch
 from planner.memory.tensor import Tensor
 from planner.models.decoder import DecoderGeometry
 
@@ -193,23 +194,28 @@ class Decoder:
         return nn.sdpa_flash(self.t, q, k, v)
 
 
-def causal_lm(
-    t: Engine, loaded: Loaded, geometry: DecoderGeometry, ids: Tensor, labels: Tensor
+def causal_forward(
+    t: Engine, loaded: Loaded, geometry: DecoderGeometry, batch: Batch
 ) -> tuple[Tensor, Tensor]:
     """`...ForCausalLM.forward` of a text-only model: (loss, logits)."""
     decoder = Decoder(t, loaded, geometry, "model.")
-    hidden = decoder.layers(decoder.embed(ids))
-    return head_and_loss(t, loaded, hidden, labels)
+    hidden = decoder.layers(decoder.embed(batch.ids))
+    return head_and_loss(t, loaded, geometry, hidden, batch.labels)
 
 
 def head_and_loss(
-    t: Engine, loaded: Loaded, hidden: Tensor, labels: Tensor, masked_columns: int = 0
-) -> tuple[Tensor, Tensor]:
-    """lm_head, Chameleon's masking of image columns, and the loss: (loss, logits)."""
+    t: Engine, loaded: Loaded, geometry: DecoderGeometry, hidden: Tensor, labels: Tensor,
+    masked_columns: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """lm_head, soft caps, Chameleon's masking of image columns, and the loss: (loss, logits)."""
     t.recorder.enter("loss")
     logits = nn.linear(t, loaded.linear("lm_head"), hidden)
-    if masked_columns:
-        with t.recorder.scope("lm_head"):
+    with t.recorder.scope("lm_head"):
+        if geometry.final_logit_softcapping:
+            logits = t.scale(logits, "div")
+            logits = t.tanh(logits)
+            logits = t.scale(logits)
+        if masked_columns:
             logits = nn.mask_columns(t, logits, masked_columns)
     with t.recorder.scope("loss"):
         return nn.causal_lm_loss(t, logits, labels), logits

@@ -16,6 +16,11 @@ from planner.models.decoder import (
     stack_modules,
     weighted,
 )
+from planner.memory.loaded import Loaded
+from planner.memory.ops import Engine
+from planner.memory.step import Batch
+from planner.memory.tensor import Tensor
+from planner.models.decoder_step import Decoder, head_and_loss
 from planner.models.reading import Reader
 from planner.models.tree import Component, Module
 
@@ -124,6 +129,16 @@ def image_tokens(geometry: ChameleonGeometry, image_size: int | None) -> int:
 
 def image_features(geometry: ChameleonGeometry, image_size: int | None) -> int:
     return geometry.vq.codes
+
+
+def forward(
+    t: Engine, loaded: Loaded, geometry: ChameleonGeometry, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """`ChameleonForConditionalGeneration.forward`: (loss, logits)."""
+    decoder = Decoder(t, loaded, geometry.text, "model.")
+    hidden = decoder.layers(decoder.embed(batch.ids))
+    columns = geometry.vq.num_embeddings  # one vocabulary entry a code
+    return head_and_loss(t, loaded, geometry.text, hidden, batch.labels, columns)
 
 
 def _vq_modules(vq: VqGeometry, prefix: str) -> Iterator[Module]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from planner.models.decoder import DecoderGeometry, Defaults, causal_modules, read_decoder
+from planner.models.decoder_step import causal_forward
 from planner.models.images import no_images
 from planner.models.reading import Reader
 
@@ -50,4 +51,5 @@ def geometry(config: Mapping[str, Any]) -> DecoderGeometry:
 
 
 modules = causal_modules
+forward = causal_forward
 image_tokens = image_features = no_images

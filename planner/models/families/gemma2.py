@@ -15,6 +15,7 @@ from planner.models.decoder import (
     read_decoder,
     with_pattern,
 )
+from planner.models.decoder_step import causal_forward
 from planner.models.images import no_images
 from planner.models.reading import Reader
 
@@ -65,4 +66,5 @@ def geometry(config: Mapping[str, Any]) -> DecoderGeometry:
 
 
 modules = causal_modules
+forward = causal_forward
 image_tokens = image_features = no_images

@@ -13,6 +13,7 @@ from planner.models.decoder import (
     late_windows,
     read_decoder,
 )
+from planner.models.decoder_step import causal_forward
 from planner.models.images import no_images
 from planner.models.reading import Reader
 
@@ -48,4 +49,5 @@ def geometry(config: Mapping[str, Any]) -> DecoderGeometry:
 
 
 modules = causal_modules
+forward = causal_forward
 image_tokens = image_features = no_images

@@ -1,0 +1,153 @@
+"""One spec's step, run on shadow tensors: what stays, what each instant holds, the work done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from planner.errors import InputError, Problem, UnsupportedError
+from planner.memory.loaded import Loaded
+from planner.memory.loading import Resident, resident_tensors, rounded
+from planner.memory.ops import Engine
+from planner.memory.optimizer import Optimizer, find_optimizer
+from planner.memory.step import Batch, Forward, StepWork, inputs, run_step, stock_loss
+from planner.memory.storage import Instant, Recorder
+from planner.memory.tensor import Tensor
+from planner.models.lora import target_modules
+from planner.models.registry import Model
+from planner.spec import RunSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Optimizer states: on the device through the allocator, and paged (managed memory)."""
+
+    device_bytes: int
+    paged_bytes: int
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The result of a run: static tensors, optimizer states, the recorded step, its work."""
+
+    loaded: Loaded
+    resident: tuple[Resident, ...]
+    states: StateBytes
+    recorder: Recorder
+    work: StepWork
+    trainable_with_gradient: int
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.resident)
+
+    @property
+    def static_bytes(self) -> int:
+        """What is live throughout the step: the resident tensors and the optimizer states."""
+        return self.resident_bytes + self.states.device_bytes
+
+    @property
+    def peak(self) -> Instant:
+        """The instant with most bytes live."""
+        return max(self.recorder.instants, key=lambda instant: instant.peak_bytes)
+
+
+def load(spec: RunSpec, model: Model) -> Loaded:
+    """The model's state after loading: quantization, dtypes, adapters."""
+    adapted: frozenset[str] = frozenset()
+    if spec.method == "lora":
+        matched = target_modules(model.tree, spec.lora.target_modules)
+        adapted = frozenset(module.path for module in matched)
+    elif spec.quantization != "none":
+        raise UnsupportedError(
+            f"method: 'full' cannot train {spec.quantization} weights; allowed: quantization "
+            "'none' with 'full', or method 'lora'"
+        )
+    return Loaded(spec, model.tree, adapted)
+
+
+def run(spec: RunSpec, model: Model, recorder: Recorder | None = None) -> Program:
+    """Run one optimizer step of `spec` on shadow tensors."""
+    loaded = load(spec, model)
+    optimizer = find_optimizer(spec.optimizer)
+    engine = Engine(recorder)
+    forward = forward_of(model)
+    batch = make_batch(engine.recorder, spec, model)
+    work = run_step(engine, loaded, forward, batch, optimizer)
+    graded = [leaf for leaf in loaded.leaves.values() if leaf.grad is not None]
+    if not graded:
+        raise InputError(Problem("lora.target_modules", "no trainable parameter gets a gradient"))
+    states = state_bytes(loaded, optimizer, graded)
+    count = sum(_size(leaf) for leaf in graded)
+    for leaf in graded:
+        leaf.grad = None
+    return Program(loaded, tuple(resident_tensors(loaded)), states, engine.recorder, work, count)
+
+
+def evaluation_peak(spec: RunSpec, model: Model) -> int:
+    """Bytes an evaluation forward holds at its peak, above what is resident."""
+    loaded = load(spec, model)
+    engine = Engine()
+    size = spec.model_copy(update={"micro_batch_size": spec.evaluation_batch_size})
+    batch = make_batch(engine.recorder, size, model)
+    with engine.no_grad():
+        engine.recorder.enter("evaluation")
+        stock_loss(engine, loaded, forward_of(model), batch)
+    engine.recorder.enter("end")
+    return max(instant.peak_bytes for instant in engine.recorder.instants)
+
+
+def forward_of(model: Model) -> Forward:
+    """The family's step program."""
+    forward = getattr(model.family, "forward", None)
+    if forward is None:
+        raise UnsupportedError(
+            f"model: the {model.model_type} family has no step program yet; "
+            "`vramwise fit --exact` traces it instead"
+        )
+
+    def run_forward(engine: Engine, loaded: Loaded, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, logits = forward(engine, loaded, model.geometry, batch)
+        return loss, logits
+
+    return run_forward
+
+
+def make_batch(recorder: Recorder, spec: RunSpec, model: Model) -> Batch:
+    """The inputs of one forward, images included."""
+    batch = inputs(recorder, spec.micro_batch_size, spec.sequence_length)
+    if not spec.images_per_sample:
+        return batch
+    make_pixels = getattr(model.family, "pixels", None)
+    if make_pixels is None:
+        raise UnsupportedError(f"images_per_sample: not modelled for {model.model_type} yet")
+    pixels = make_pixels(recorder, model.geometry, spec)
+    return Batch(batch.ids, batch.labels, batch.mask, pixels)
+
+
+def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: list[Tensor]) -> StateBytes:
+    """Optimizer states of the parameters that get a gradient."""
+    device: list[int] = []
+    paged = 0
+    for leaf in leaves:
+        module = loaded.tree.by_path.get(leaf.name.removesuffix(".weight"))
+        is_embedding = module is not None and module.kind == "embedding"
+        for state in optimizer.states(leaf, is_embedding):
+            nbytes = rounded(max(_elements(state.shape), 1) * state.dtype.itemsize)
+            if state.paged:
+                paged += nbytes
+            else:
+                device.append(nbytes)
+    return StateBytes(sum(device), paged, tuple(device))
+
+
+def _size(leaf: Tensor) -> int:
+    return _elements(leaf.shape)
+
+
+def _elements(shape: tuple[Any, ...]) -> int:
+    size = 1
+    for dimension in shape:
+        size *= dimension
+    return size
