@@ -142,6 +142,8 @@ def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
     grad = node.buffer
     node.buffer = None
     assert grad is not None
+    for slot in node.saved:
+        slot.get()  # unpacked at the start of a node's apply: a checkpointed region runs here
     results = list(node.apply(grad))
     del grad
     node.saved = ()

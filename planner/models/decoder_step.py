@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, D hidden, h heads, k key-value heads, d head dimens
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from planner.dtypes import DType
@@ -17,6 +18,7 @@ from planner.memory.tensor import Tensor
 from planner.models.decoder import DecoderGeometry
 
 INT64, BOOL = DType.INT64, DType.BOOL
+Rotary = tuple[Tensor, Tensor]  # cos and sin
 
 
 class Decoder:
@@ -28,8 +30,6 @@ class Decoder:
         self.g = geometry
         self.prefix = prefix
         self.mask: Tensor | None = None
-        self.cos: Any = None
-        self.sin: Any = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """embed_tokens, with the hook of enable_input_require_grads under checkpointing."""
@@ -45,22 +45,21 @@ class Decoder:
     def layers(self, hidden: Tensor) -> Tensor:
         """All decoder layers and the last norm. hidden: (B, S, D)."""
         t = self.t
-        self._positions(hidden)
+        rotary = self._positions(hidden)
         for index in range(self.g.num_hidden_layers):
             prefix = f"{self.prefix}layers.{index}."
             if self.loaded.spec.gradient_checkpointing:
-                hidden = t.checkpoint(lambda x, p=prefix: self.layer(p, x), hidden)
+                hidden = t.checkpoint(partial(self.layer, prefix, rotary), hidden)
             else:
-                hidden = self.layer(prefix, hidden)
-        self.cos = self.sin = None
+                hidden = self.layer(prefix, rotary, hidden)
         return self.norm(f"{self.prefix}norm", hidden)
 
-    def layer(self, prefix: str, hidden: Tensor) -> Tensor:
+    def layer(self, prefix: str, rotary: Rotary, hidden: Tensor) -> Tensor:
         """One decoder layer."""
         t, g = self.t, self.g
         residual = hidden
         if g.swin_norm:
-            hidden = self.attention(prefix, hidden)
+            hidden = self.attention(prefix, rotary, hidden)
             hidden = self.norm(f"{prefix}input_layernorm", hidden)
             hidden = t.add(residual, hidden)
             residual = hidden
@@ -68,7 +67,7 @@ class Decoder:
             hidden = self.norm(f"{prefix}post_attention_layernorm", hidden)
             return t.add(residual, hidden)
         hidden = self.norm(f"{prefix}input_layernorm", hidden)
-        hidden = self.attention(prefix, hidden)
+        hidden = self.attention(prefix, rotary, hidden)
         if g.sandwich_norms:
             hidden = self.norm(f"{prefix}post_attention_layernorm", hidden)
         hidden = t.add(residual, hidden, "add (residual)")
@@ -110,7 +109,7 @@ class Decoder:
         with self.t.recorder.scope(path.rstrip(".")):
             return self.t.mul(a, b)
 
-    def attention(self, prefix: str, hidden: Tensor) -> Tensor:
+    def attention(self, prefix: str, rotary: Rotary, hidden: Tensor) -> Tensor:
         """Projections, query-key norm, rotary positions, the attention kernel, o_proj."""
         t, g, path = self.t, self.g, f"{prefix}self_attn."
         batch, length, _ = hidden.shape
@@ -119,7 +118,7 @@ class Decoder:
             q = self._heads(path, "q_norm", q, batch, length, g.num_attention_heads)
             k = self._heads(path, "k_norm", k, batch, length, g.num_key_value_heads)
             v = self._heads(path, "", v, batch, length, g.num_key_value_heads)
-            q, k = self._rotate(q, k)
+            q, k = self._rotate(q, k, rotary)
             out = self._attend(q, k, v)
             out = t.contiguous(t.transpose(out, 1, 2))
             out = t.reshape(out, (batch, length, g.attention_width))
@@ -157,7 +156,7 @@ class Decoder:
             x = rule(t, self.loaded.parameter(path + norm), x)
         return t.transpose(x, 1, 2)
 
-    def _positions(self, hidden: Tensor) -> None:
+    def _positions(self, hidden: Tensor) -> Rotary:
         """rotary_emb: cos and sin of (1, S, d) in the hidden states' dtype, computed in fp32."""
         t, d, length = self.t, self.g.head_dim, hidden.shape[1]
         with t.recorder.scope(f"{self.prefix}rotary_emb"):
@@ -168,13 +167,11 @@ class Decoder:
             raw_cos, raw_sin = t.new(emb.shape, F32, "cos"), t.new(emb.shape, F32, "sin")
             cos, sin = t.new(emb.shape, F32, "mul"), t.new(emb.shape, F32, "mul")
             del raw_cos, raw_sin, freqs, as_float, position
-            self.cos, self.sin = t.to(cos, hidden.dtype), t.to(sin, hidden.dtype)
+            return t.to(cos, hidden.dtype), t.to(sin, hidden.dtype)
 
-    def _rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotate(self, q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """apply_rotary_pos_emb: q * cos + rotate_half(q) * sin, and for k."""
-        t = self.t
-        cos = self.cos.view((1, *self.cos.shape))
-        sin = self.sin.view((1, *self.sin.shape))
+        cos, sin = (part.view((1, *part.shape)) for part in rotary)
         q_out = self._rotated(q, cos, sin)
         k_out = self._rotated(k, cos, sin)
         return q_out, k_out
