@@ -14,24 +14,26 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from recipes.fused import adapted_linear
+from recipes.dropout import dropped
+from recipes.fused import adapted_linear, adapted_linear_backward
 
 
 class Seeds:
-    """One int32 seed a module on the device, all set by one launch for each micro batch."""
+    """One int32 seed a module, and one for the head, on the device: all set by one launch for each
+    micro batch."""
 
     def __init__(self, count: int, device: torch.device) -> None:
-        ordinals = torch.arange(count, dtype=torch.int64)
+        ordinals = torch.arange(count + 1, dtype=torch.int64)
         # Far-apart streams for the modules of one step: an odd 31-bit multiplier.
         self._offsets = ((ordinals * 1_640_531_527) % (1 << 31)).to(torch.int32).to(device)
-        self.values = torch.zeros(max(count, 1), dtype=torch.int32, device=device)
+        self.values = torch.zeros(count + 1, dtype=torch.int32, device=device)
+        self.head = self.values[count]
 
     def set(self, seed: int, step: int, micro_batch: int) -> None:
         """Seeds of one micro batch, a function of the run's seed and its place alone."""
         mixed = (seed * 0x85EBCA6B + step * 0xC2B2AE35 + micro_batch * 0x27D4EB2F) & 0xFFFFFFFF
         mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
-        if len(self._offsets):
-            torch.add(self._offsets, mixed - (1 << 31), out=self.values)
+        torch.add(self._offsets, mixed - (1 << 31), out=self.values)
 
 
 def fuse(model: nn.Module, device: torch.device) -> Seeds:
@@ -99,3 +101,30 @@ class _FusedFrozen:
         return adapted_linear(
             x, **self._frozen, bias=self.bias, a=None, b=None, seed=None, scaling=1.0, dropout=0.0
         )[0]
+
+
+@torch.no_grad()
+def linear_backward(module: Any, x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient at the input x of a fused or plain frozen linear, given the gradient at its
+    output; the adapter's gradients are added to its parameters. Nothing of the forward is kept."""
+    if type(module) is nn.Linear:
+        return grad @ module.weight
+    frozen = module._frozen
+    if not isinstance(module, LoraLayer):
+        return adapted_linear_backward(
+            grad, None, grad.new_empty(0), **frozen, a=None, b=None, seed=None, scaling=1.0,
+            dropout=0.0, needs_input=True,
+        )[0]  # fmt: skip
+    name = module.active_adapters[0]
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight  # type: ignore[index, union-attr]
+    p = float(getattr(module.lora_dropout[name], "p", 0.0)) if module.training else 0.0
+    rows = x.reshape(-1, x.shape[-1])
+    seed: Tensor = module._seed  # type: ignore[assignment]
+    u = (dropped(rows, seed, p) if p else rows) @ a.to(x.dtype).t()
+    dx, da, db = adapted_linear_backward(
+        grad, x, u, **frozen, a=a, b=b, seed=seed, scaling=module.scaling[name], dropout=p,
+        needs_input=True,
+    )  # fmt: skip
+    for parameter, gradient in ((a, da), (b, db)):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    return dx

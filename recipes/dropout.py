@@ -31,26 +31,24 @@ def keep_mask(shape: torch.Size, seed: Tensor, p: float) -> Tensor:
 
 def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x with elements zeroed with probability p and the rest scaled by 1/(1-p); x's dtype."""
-    return _fast(_dropped, x)(x, seed, p)
+    return _kernels(p, x.is_cuda)[0](x.reshape(-1), seed).view(x.shape)
 
 
 def add_dropped(x: Tensor, y: Tensor, seed: Tensor, p: float) -> Tensor:
     """x + dropped(y): the gradient of `dropped`, added to another one."""
-    return _fast(_add_dropped, x)(x, y, seed, p)
-
-
-def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    return torch.where(keep_mask(x.shape, seed, p), x * (1 / (1 - p)), 0.0).to(x.dtype)
-
-
-def _add_dropped(x: Tensor, y: Tensor, seed: Tensor, p: float) -> Tensor:
-    return x + _dropped(y, seed, p)
-
-
-def _fast(function: Callable[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
-    return _compiled(function) if x.is_cuda else function
+    return _kernels(p, x.is_cuda)[1](x.reshape(-1), y.reshape(-1), seed).view(x.shape)
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True)
+def _kernels(p: float, compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """(drop, add) over flat tensors for one p: one generated kernel each where compiled."""
+
+    def drop(x: Tensor, seed: Tensor) -> Tensor:
+        return torch.where(keep_mask(x.shape, seed, p), x * (1 / (1 - p)), 0.0).to(x.dtype)
+
+    def add(x: Tensor, y: Tensor, seed: Tensor) -> Tensor:
+        return x + drop(y, seed)
+
+    if not compiled:
+        return drop, add
+    return torch.compile(drop, dynamic=True), torch.compile(add, dynamic=True)

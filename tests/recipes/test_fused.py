@@ -10,7 +10,7 @@ import torch
 from recipes.adapters import fuse
 from recipes.build import build
 from recipes.dropout import add_dropped, dropped, keep_mask
-from tests.recipes.tiny import tiny_chameleon, tiny_llama, tiny_spec
+from tests.recipes.tiny import tiny_llama, tiny_spec
 
 
 def _pair(quantization: str, targets, dropout: float = 0.0):
@@ -123,5 +123,4 @@ def test_seeds_differ_by_module_step_and_micro_batch() -> None:
     for step, micro in ((0, 0), (0, 1), (1, 0)):
         seeds.set(42, step, micro)
         seen += seeds.values.tolist()
-    assert len(set(seen)) == 3 * 14
-    assert isinstance(tiny_chameleon().vocab_size, int)
+    assert len(set(seen)) == 3 * (14 + 1)

@@ -1,0 +1,201 @@
+"""The lean stack: the project's own training step on a built model.
+
+Against the stock stack, at the same spec: frozen parts stay in 16 bits and no autocast runs; the
+loss never holds more than a chunk of logits; layers are recomputed only where gradients reach;
+adapters keep one copy of their input; the image tokenizer runs without a graph; kernels are
+generated for each layer. Adapters and their optimizer states stay in fp32, as in stock: in bf16,
+Adam's second moment (decay 0.999) would stop moving, its steps being below bf16's resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, get_scheduler
+
+from planner.errors import UnsupportedError
+from planner.spec import RunSpec
+from recipes.adapters import Seeds, fuse
+from recipes.build import Built
+from recipes.images import with_image_tokens
+from recipes.layers import LayerOptions, decoder_layers, first_trainable_layer, prepare_layers
+from recipes.loss import head_of, linear_cross_entropy, predicted_rows
+from recipes.phases import Listener, phase, silent
+from recipes.stock import training_arguments
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LeanOptions:
+    """compile: None is on CUDA only; sub_batches: a micro batch is run in this many parts, its
+    loss and gradients unchanged; split_layers: see recipes.layers; fuse_adapters: see
+    recipes.fused."""
+
+    compile: bool | None = None
+    fuse_adapters: bool = True
+    split_layers: bool = True
+    sub_batches: int = 1
+
+
+class LeanStep:
+    """One optimizer step at a time: `loss = step.step(batches)`.
+
+    Owns the optimizer and the schedule (as Trainer makes them), the dropout seeds and, in fp16,
+    the gradient scaler. The built model must have been built with stack "lean".
+    """
+
+    def __init__(
+        self,
+        built: Built,
+        spec: RunSpec,
+        *,
+        total_steps: int | None = None,
+        options: LeanOptions = LeanOptions(),
+        listener: Listener = silent,
+    ) -> None:
+        self.built, self.spec, self.options, self.listener = built, spec, options, listener
+        self.step_index = 0
+        compiled = built.device.type == "cuda" if options.compile is None else options.compile
+        self.model, self.base = built.model.train(), built.base
+        fused = options.fuse_adapters and spec.method == "lora"
+        self._seeds = fuse(self.model, built.device) if fused else Seeds(0, built.device)
+        self._freeze_unreached()
+        prepare_layers(
+            self.base,
+            LayerOptions(compiled, spec.gradient_checkpointing, options.split_layers),
+        )
+        self._trunk_trains = any(p.requires_grad for p in self.base.model.parameters())
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer, self.scheduler = self._optimizer(total_steps or spec.schedule.max_steps or 1)
+        self._scaler = torch.amp.GradScaler(enabled=spec.precision == "fp16")
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        """One optimizer step over the micro batches of an accumulation: their loss, a detached 0-d
+        tensor on the device (the mean over every predicted token of all of them)."""
+        parts = [part for batch in batches for part in _parts(batch, self.options.sub_batches)]
+        rows = [predicted_rows(part["labels"]) for part in parts]
+        count = sum(len(targets) for _, targets in rows)
+        total = torch.zeros((), device=self.built.device)
+        with phase(self.listener, "step"):
+            for index, (part, (positions, targets)) in enumerate(zip(parts, rows, strict=True)):
+                self._seeds.set(self.spec.schedule.seed, self.step_index, index)
+                with phase(self.listener, "forward"):
+                    loss = self._loss(part, positions, targets, count)
+                with phase(self.listener, "backward"):
+                    self._scaler.scale(loss).backward()
+                total += loss.detach()
+            self._update()
+        self.step_index += 1
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Tensor, int]:
+        """(summed loss, predicted tokens) of one batch, without dropout."""
+        positions, targets = predicted_rows(batch["labels"])
+        self.model.eval()
+        with phase(self.listener, "eval"):
+            loss = self._loss(batch, positions, targets, 1)
+        self.model.train()
+        return loss, len(targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the trained parameters."""
+        return {
+            "step_index": self.step_index,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state_dict` was taken."""
+        self.step_index = state["step_index"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self._scaler.load_state_dict(state["scaler"])
+
+    def _loss(self, batch: Batch, positions: Tensor, targets: Tensor, count: int) -> Tensor:
+        head = head_of(self.base)
+        hidden = self._hidden(batch)
+        with phase(self.listener, "loss"):
+            dropping = self.model.training and head.dropout > 0
+            return linear_cross_entropy(
+                hidden, _sent(positions, hidden.device), _sent(targets, hidden.device), head,
+                count, seed=self._seeds.head if dropping else None,
+            )  # fmt: skip
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        device = self.built.device
+        inputs = {
+            key: _sent(value, device)
+            for key, value in batch.items()
+            if key not in ("labels", "pixel_values")
+        }
+        with nullcontext() if self._trunk_trains else torch.no_grad():
+            inputs["input_ids"] = with_image_tokens(
+                self.base, inputs["input_ids"], batch.get("pixel_values")
+            )
+            return self.base.model(**inputs, use_cache=False).last_hidden_state
+
+    def _update(self) -> None:
+        if self.spec.max_grad_norm:
+            with phase(self.listener, "clip"):
+                self._scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.trained, self.spec.max_grad_norm)
+        with phase(self.listener, "optimizer"):
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+            self.scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _optimizer(self, total_steps: int) -> tuple[torch.optim.Optimizer, Any]:
+        """Trainer's own optimizer class and arguments for the spec's name, and its schedule."""
+        arguments = training_arguments(
+            self.spec, "unused", on_cpu=self.built.device.type == "cpu", bf16=False, fp16=False
+        )
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
+            raise UnsupportedError(f"optimizer {self.spec.optimizer!r} on the lean stack")
+        optimizer = kind(self.trained, weight_decay=arguments.weight_decay, **values)
+        schedule = self.spec.schedule
+        return optimizer, get_scheduler(
+            "linear", optimizer, num_warmup_steps=schedule.warmup_steps,
+            num_training_steps=total_steps,
+        )  # fmt: skip
+
+    def _freeze_unreached(self) -> None:
+        """The image tokenizer gets no gradient in any setting (argmin stands behind it)."""
+        tokenizer = getattr(getattr(self.base, "model", None), "vqmodel", None)
+        if tokenizer is not None:
+            tokenizer.requires_grad_(False)
+
+
+def reached_layers(built: Built) -> int:
+    """How many decoder layers a backward pass runs through."""
+    layers = decoder_layers(built.base)
+    return len(layers) - first_trainable_layer(layers)
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    if count == 1:
+        return [batch]
+    size = len(batch["input_ids"])
+    images = len(batch["pixel_values"]) // size if "pixel_values" in batch else 0
+    parts = []
+    for start in range(0, size, -(-size // count)):
+        stop = min(size, start + -(-size // count))
+        part = {k: v[start:stop] for k, v in batch.items() if k != "pixel_values"}
+        if images:
+            part["pixel_values"] = batch["pixel_values"][start * images : stop * images]
+        parts.append(part)
+    return parts
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)
