@@ -29,8 +29,9 @@ class ModelState:
     flags: list[tuple[torch.nn.Parameter, bool, torch.Tensor | None]] = field(default_factory=list)
 
 
-def remember(model: torch.nn.Module) -> ModelState:
-    """Copy what `restore` puts back. Values of the trainable parameters go to the host."""
+def remember(model: torch.nn.Module, values: bool = True) -> ModelState:
+    """Copy what `restore` puts back. Values of the trainable parameters (unless `values` is
+    False, or they are many) go to the host."""
     state = ModelState(model)
     seen: set[int] = set()
     for module in model.modules():
@@ -40,7 +41,7 @@ def remember(model: torch.nn.Module) -> ModelState:
             seen.add(id(config))
             state.configs.append((config, _shallow(config.__dict__)))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    keep = sum(p.numel() * p.element_size() for p in trainable) <= _VALUES_BYTES
+    keep = values and sum(p.numel() * p.element_size() for p in trainable) <= _VALUES_BYTES
     for parameter in model.parameters():
         value = parameter.detach().cpu().clone() if keep and parameter.requires_grad else None
         state.flags.append((parameter, parameter.requires_grad, value))

@@ -51,14 +51,3 @@ def adapt(base: PreTrainedModel, spec: RunSpec, device: torch.device) -> Built:
     """The spec's adapters (and k-bit preparation) on a loaded base."""
     return Built(add_adapters(base, spec), base, base.config, spec, device)
 
-
-def load_key(spec: RunSpec, weights: str, repeat: int) -> tuple[Any, ...]:
-    """Probes with equal keys can share a load. Adapters of one load may differ; what the loading
-    itself decides, what the k-bit preparation casts and how the allocator is set may not."""
-    full = spec.method == "full"
-    return (
-        spec.model, spec.stack, spec.method, spec.quantization,
-        spec.double_quant if spec.quantization in ("nf4", "fp4") else None,
-        weights_dtype(spec), spec.attention, spec.expandable_segments, weights, repeat,
-        spec.precision if spec.stack == "lean" and not full else None,
-    )  # fmt: skip

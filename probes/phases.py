@@ -52,17 +52,21 @@ class PhaseClock:
         self.step = 0
         self.tallies: dict[str, _Tally] = {}
         self.step_marks: list[Any] = []
+        self.optimizer_calls = 0
+        self.evaluations = 0
         self._started: Any = None
+        self._held = False
 
     def enter(self, phase: str | None) -> None:
         """Close the current phase and open `phase`; None closes only."""
-        if phase == self.current and phase is not None:
+        if self._held or (phase == self.current and phase is not None):
             return
+        self.optimizer_calls += phase == "optimizer"
         now = self.meter.mark()
         if self.current is not None:
             tally = self.tallies.setdefault(self.current, _Tally())
             tally.add(self.meter.levels())
-            tally.intervals[self.step].append((self._started, now))
+            tally.intervals[self.step + self.evaluations].append((self._started, now))
         self.meter.reset_peaks()
         self.current, self._started = phase, now
 
@@ -75,6 +79,16 @@ class PhaseClock:
         self.enter("between")
         self.step += 1
         self.step_marks.append(self.meter.mark())
+
+    def hold(self, phase: str) -> None:
+        """Enter `phase` and stay in it, whatever the hooks see, until `release`."""
+        self.enter(phase)
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+        self.enter(None)
+        self.evaluations += 1
 
     def peak(self, name: str) -> tuple[int, str]:
         """(bytes, phase) of the largest `peak_<name>` over the training phases."""
@@ -92,14 +106,16 @@ class PhaseClock:
 
     def meters(self, warmup: int) -> dict[str, PhaseMeters]:
         """Every phase's meters; seconds from the steps after warm-up."""
-        return {phase: self._phase(tally, warmup) for phase, tally in self.tallies.items()}
+        return {phase: self._phase(phase, tally, warmup) for phase, tally in self.tallies.items()}
 
-    def _phase(self, tally: _Tally, warmup: int) -> PhaseMeters:
+    def _phase(self, phase: str, tally: _Tally, warmup: int) -> PhaseMeters:
         sums = [
             sum(self.meter.seconds(a, b) for a, b in pairs)
             for step, pairs in sorted(tally.intervals.items())
             if step >= warmup
         ]
+        if len(sums) > 1 and phase not in TRAINING_PHASES:
+            sums = sums[1:]  # evaluation has its own first time
         return PhaseMeters(
             peak_allocated_bytes=tally.peak_allocated,
             peak_active_bytes=tally.peak_active,

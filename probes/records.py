@@ -90,7 +90,7 @@ class Capacity(_Frozen):
     smaller was tried) ran out of memory. The required capacity lies in (failed, passed].
     """
 
-    failed_cap_bytes: int | None
+    failed_cap_bytes: int | None = None
     passed_cap_bytes: int
     attempts: tuple[Attempt, ...]
     seconds: float
