@@ -249,11 +249,28 @@ def embedding(t: Engine, weight: Tensor, ids: Tensor) -> Tensor:
     t.count(2 * grad_bytes(out))
     shape, dtype = weight.shape, weight.dtype
 
+    rows = prod(ids.shape)
+
     def backward(g: Tensor) -> tuple[Tensor]:
+        # EmbeddingBackwardKernel.cu: above 3,072 ids a sorted sum with an fp32 partial row for
+        # every ten ids and for every distinct one.
         t.count(prod(shape) * dtype.itemsize + 3 * grad_bytes(g), 3)
-        return (t.new(shape, dtype, "embedding (weight gradient)"),)
+        grad = t.new(shape, dtype, "embedding (weight gradient)")
+        sorts = rows > 3072
+        order = [t.new((rows * sorts,), INT64, "embedding (sort)") for _ in range(4)]
+        partial_rows = (rows // 10 + minimum(rows, shape[0])) * sorts
+        partial = t.new((partial_rows, width), F32, "embedding (partial sums)")
+        del order, partial
+        return (grad,)
 
     return t.record(out, (weight,), (ids,), backward)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """min of ints, element-wise of arrays."""
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return a + (b - a) * (b < a)
 
 
 def sdpa_flash(t: Engine, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:

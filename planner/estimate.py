@@ -1,0 +1,249 @@
+"""The answer: a run spec and a card become bytes at each instant, seconds, and a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from planner.devices import Device, find_device, local_device
+from planner.errors import InputError, Problem
+from planner.interval import Interval, requirement_interval
+from planner.memory.loading import adapter_parameters
+from planner.memory.program import Program, evaluation_peak, run
+from planner.memory.requirement import required_bytes
+from planner.memory.terms import Term, live_terms, static_terms
+from planner.memory.workspace import (
+    HANDLES_EVALUATION,
+    HANDLES_TRAINING,
+    cublas_workspace_bytes,
+)
+from planner.models.registry import Model, load_model
+from planner.non_torch import NonTorch, non_torch
+from planner.spec import RunSpec
+from planner.throughput.model import StepTime, step_time
+from planner.verdict import Verdict, verdict
+
+Basis = Literal["measured", "calibrated", "traced", "analytic"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Counts of elements. `total` is the base model, adapters apart."""
+
+    total: int
+    trainable: int
+    by_component: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What `vramwise fit` answers. All sizes in bytes, all times in seconds.
+
+    resident_bytes: allocated after loading and adapter set-up, before the first step;
+    peak_allocated_bytes: of training steps; allocator_required_bytes: the smallest cap on torch's
+    caching allocator under which the run (loading, training, evaluation) completes;
+    device_required_bytes: that plus non_torch_bytes, compared with device_total_bytes.
+    """
+
+    verdict: Verdict
+    model: str
+    device: str
+    parameters: Parameters
+    resident_bytes: int
+    load_peak_bytes: int
+    peak_allocated_bytes: int
+    peak_instant: str
+    eval_peak_bytes: int | None
+    host_bytes: int
+    allocator_required_bytes: int
+    allocator_required_interval_bytes: tuple[int, int]
+    non_torch_bytes: int
+    device_required_bytes: int
+    device_required_interval_bytes: tuple[int, int]
+    device_total_bytes: int
+    headroom_bytes: int
+    paged_bytes: int
+    step_seconds: float
+    step_seconds_interval: tuple[float, float]
+    tokens_per_second: float
+    time: StepTime
+    flops_per_step: float
+    launches_per_step: int
+    instants: dict[str, int]
+    terms: tuple[Term, ...]
+    basis: Basis
+    speed_basis: str
+    notes: tuple[str, ...]
+    spec: RunSpec
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping, spec included."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "spec"}
+        values["parameters"] = asdict(self.parameters)
+        values["time"] = asdict(self.time)
+        values["terms"] = [asdict(term) for term in self.terms]
+        values["spec"] = self.spec.model_dump(mode="json")
+        return values
+
+
+def estimate(spec: RunSpec) -> Estimate:
+    """Answer a run spec. Raises InputError or UnsupportedError; never guesses."""
+    model = load_model(spec.model)
+    device = device_of(spec)
+    check(spec, model)
+    program = run(spec, model)
+    return assemble(spec, model, device, program)
+
+
+def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> Estimate:
+    """The answer for a program already run."""
+    workspace = cublas_workspace_bytes(device.compute_capability)
+    training_peak = (
+        program.static_bytes + program.peak.peak_bytes + HANDLES_TRAINING * workspace
+    )
+    load_peak = load_peak_bytes(program)
+    eval_peak = None
+    if spec.evaluation_batch_size:
+        above = evaluation_peak(spec, model) + HANDLES_EVALUATION * workspace
+        eval_peak = program.static_bytes + above
+    required = required_bytes(program, workspace, spec.expandable_segments)
+    required = max(required, load_peak, eval_peak or 0)
+    interval = requirement_interval(spec, model, required)
+    outside = non_torch(device, spec, program.states.paged_bytes)
+    total = spec.device_memory or device.total_bytes
+    low, high = interval.low_bytes + outside.low_bytes, interval.high_bytes + outside.high_bytes
+    speed = step_time(spec, device, program.work)
+    tokens = spec.micro_batch_size * spec.sequence_length * spec.gradient_accumulation_steps
+    work, count = program.work, spec.gradient_accumulation_steps
+    return Estimate(
+        verdict=verdict(low, high, total),
+        model=model.id,
+        device=device.label,
+        parameters=Parameters(
+            model.tree.total_parameters, trainable_parameters(program), model.tree.by_component()
+        ),
+        resident_bytes=program.resident_bytes,
+        load_peak_bytes=load_peak,
+        peak_allocated_bytes=training_peak,
+        peak_instant=program.peak.name,
+        eval_peak_bytes=eval_peak,
+        host_bytes=host_bytes(program),
+        allocator_required_bytes=required,
+        allocator_required_interval_bytes=(interval.low_bytes, interval.high_bytes),
+        non_torch_bytes=outside.bytes,
+        device_required_bytes=required + outside.bytes,
+        device_required_interval_bytes=(low, high),
+        device_total_bytes=total,
+        headroom_bytes=total - high,
+        paged_bytes=program.states.paged_bytes,
+        step_seconds=speed.step_s,
+        step_seconds_interval=(
+            speed.step_s * (1 - speed.spread), speed.step_s * (1 + speed.spread)
+        ),
+        tokens_per_second=tokens / speed.step_s,
+        time=speed,
+        flops_per_step=count * (work.micro_batch.flops_16bit + work.micro_batch.flops_fp32),
+        launches_per_step=count * work.micro_batch.launches + work.optimizer.launches,
+        instants=instant_peaks(program, HANDLES_TRAINING * workspace),
+        terms=terms(program, HANDLES_TRAINING * workspace),
+        basis=interval.basis,
+        speed_basis=speed.basis,
+        notes=tuple(notes(spec, model, device, outside, interval)),
+        spec=spec,
+    )
+
+
+def terms(program: Program, workspace_bytes: int) -> tuple[Term, ...]:
+    """Every live byte at the peak, as named terms; they sum to peak_allocated_bytes."""
+    peak = program.peak
+    workspace = Term(
+        "cuBLAS workspaces", "workspace", workspace_bytes, "the whole step",
+        f"{HANDLES_TRAINING} handles x {workspace_bytes // HANDLES_TRAINING} B",
+        "aten/src/ATen/cuda/CublasHandlePool.cpp",
+    )  # fmt: skip
+    blocks = program.recorder.live_at(peak.event)
+    return (*static_terms(program), workspace, *live_terms(blocks, peak.name))
+
+
+def instant_peaks(program: Program, workspace_bytes: int) -> dict[str, int]:
+    """Most bytes live in each named instant of the step."""
+    peaks: dict[str, int] = {}
+    base = program.static_bytes + workspace_bytes
+    for instant in program.recorder.instants:
+        if instant.name != "loaded":
+            peaks[instant.name] = max(peaks.get(instant.name, 0), base + instant.peak_bytes)
+    return peaks
+
+
+def trainable_parameters(program: Program) -> int:
+    """Elements that require a gradient."""
+    if program.loaded.spec.method == "full":
+        return program.loaded.tree.total_parameters
+    return adapter_parameters(program.loaded)
+
+
+def load_peak_bytes(program: Program) -> int:
+    """Loading moves a shard's tensors one by one: the peak is what stays and the largest 16-bit
+    weight on its way to 4 or 8 bits."""
+    largest = 0
+    if program.loaded.quantized:
+        largest = max(
+            (module.parameters * 2 for module in program.loaded.tree.linears()), default=0
+        )
+    return program.resident_bytes + largest
+
+
+def host_bytes(program: Program) -> int:
+    """Host memory for loading: one shard at a time is mapped, about 5 GB of a checkpoint."""
+    return min(program.loaded.tree.total_parameters * 2, 5 * 10**9)
+
+
+def device_of(spec: RunSpec) -> Device:
+    """The spec's card, or the local one."""
+    if spec.device is not None:
+        return find_device(spec.device)
+    local = local_device()
+    if local is None:
+        raise InputError(
+            Problem("device", "is needed: no GPU is found here", allowed="--gpu NAME, see "
+                    "`vramwise gpus`")
+        )  # fmt: skip
+    return local
+
+
+def check(spec: RunSpec, model: Model) -> None:
+    """What the spec asks must be possible for the model."""
+    if not spec.images_per_sample:
+        return
+    per_image = model.image_tokens(spec.image_size)
+    needed = per_image * spec.images_per_sample
+    if needed > spec.sequence_length:
+        raise InputError(
+            Problem(
+                "images_per_sample",
+                f"{spec.images_per_sample} image(s) take {needed} tokens, more than the "
+                f"sequence_length of {spec.sequence_length}",
+                spec.images_per_sample,
+                f"at most {spec.sequence_length // per_image} image(s), or sequence_length >= "
+                f"{needed}",
+            )
+        )
+
+
+def notes(
+    spec: RunSpec, model: Model, device: Device, outside: NonTorch, interval: Interval
+) -> list[str]:
+    """What the user should know beside the figures."""
+    told = []
+    if not model.verified:
+        told.append(f"{model.id}: its config could not be read at a source ({model.note})")
+    if spec.precision == "bf16" and not device.supports_bf16:
+        told.append(f"{device.label} has no bf16 units: use precision fp16")
+    if spec.attention == "flash_attention_2" and not device.supports_flash_attention_2:
+        told.append(f"{device.label} cannot run flash_attention_2: use sdpa")
+    if outside.status != "measured":
+        told.append("memory outside torch's allocator is bounded, not measured, on this card")
+    if spec.stack == "lean":
+        told.append("lean figures are provisional")
+    told.extend(interval.notes)
+    return told
