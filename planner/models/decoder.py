@@ -137,7 +137,8 @@ def read_decoder(reader: Reader, model_type: str, given: Defaults, nested: bool)
         attention_dropout=reader.number("attention_dropout", 0.0, high=1.0),
         rope_theta=_rope_theta(reader),
     )
-    _check_heads(reader, geometry)
+    if reader.sound:
+        _check_heads(reader, geometry)
     return geometry
 
 

@@ -116,6 +116,11 @@ class Reader:
         value = self.raw(key, default if default is not None else {})
         return Reader(value, f"{self.where}.{key}", self._problems)
 
+    @property
+    def sound(self) -> bool:
+        """No problem noted so far: values can be held against each other."""
+        return not self._problems
+
     def check(self) -> None:
         """Raise InputError with every problem noted so far."""
         if self._problems:

@@ -81,6 +81,8 @@ def read_tower(reader: Reader, default_type: str) -> TowerGeometry:
         vision_use_head=model_type == "siglip_vision_model"
         and reader.flag("vision_use_head", True),
     )
+    if not reader.sound:
+        return tower
     if tower.hidden_size % tower.num_attention_heads:
         reader.reject("num_attention_heads", f"does not divide hidden_size {tower.hidden_size}",
                       tower.num_attention_heads)  # fmt: skip
