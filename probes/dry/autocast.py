@@ -55,6 +55,7 @@ class CudaSemantics(TorchFunctionMode):
         self.recorder = recorder
         self.dtype: torch.dtype | None = None
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._depth = 0
         self._open: dict[Any, Any] = {}
 
     def __torch_function__(
@@ -81,17 +82,31 @@ class CudaSemantics(TorchFunctionMode):
         if dtype is None:
             yield
             return
-        before = (self.dtype, torch.is_autocast_enabled("cuda"))
+        before = self.dtype
         self.dtype = dtype
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", dtype)
+        self._depth += 1
         try:
             yield
         finally:
-            self.dtype = before[0]
-            torch.set_autocast_enabled("cuda", before[1])
-            if self.dtype is None:
+            self.dtype = before
+            torch.set_autocast_enabled("cuda", before is not None)
+            self._depth -= 1
+            if self._depth == 0:
                 self._cache.clear()
+
+    @contextmanager
+    def without_autocast(self) -> Iterator[None]:
+        """A region with autocast off (`torch.autocast(..., enabled=False)`)."""
+        before = self.dtype
+        self.dtype = None
+        torch.set_autocast_enabled("cuda", False)
+        try:
+            yield
+        finally:
+            self.dtype = before
+            torch.set_autocast_enabled("cuda", before is not None)
 
     def _autocast(self, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         if name in LOWER:

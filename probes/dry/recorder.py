@@ -53,6 +53,9 @@ class Recorder(TorchDispatchMode):
         if standin is not None:
             result = standin(self, func, args, kwargs)
         else:
+            doubt = standins.doubt(func)
+            if doubt is not None:
+                self.note_unknown(doubt)
             result = values.run(self, func, args, kwargs)
         self._note(func, result)
         return result

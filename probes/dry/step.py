@@ -53,7 +53,7 @@ class StockStep:
         if self.spec.max_grad_norm > 0:
             with self.recorder.during("clip"):
                 self._held["norm"] = self._clip()
-        with self.recorder.during("optimizer", "temporaries"), torch.no_grad():
+        with self.recorder.during("optimizer"), torch.no_grad():
             self.optimizer.step()
         with self.recorder.during("zero_grad"):
             self.model.zero_grad()

@@ -11,11 +11,13 @@ from transformers import PretrainedConfig
 
 from planner.spec import RunSpec
 from probes.dry import model as models
+from probes.dry.attribution import categorise
 from probes.dry.autocast import CudaSemantics
 from probes.dry.batch import text_batch
 from probes.dry.events import Trace
 from probes.dry.load import load
-from probes.dry.optimizers import create_optimizer, cuda_defaults
+from probes.dry.cuda_view import cuda_view, flash_view
+from probes.dry.optimizers import create_optimizer
 from probes.dry.recorder import Recorder
 from probes.dry.scope import Scope
 from probes.dry.step import StockStep
@@ -33,20 +35,25 @@ def trace(
     scope = Scope()
     recorder = Recorder(scope)
     recorder.target = target or Target()
-    base = models.build(spec, config)
-    with scope.hooked(), recorder, cuda_defaults():
+    semantics = CudaSemantics(recorder)
+    with flash_view():
+        base = models.build(spec, config)
+    with scope.hooked(), recorder, cuda_view(semantics):
         scope.name(base)
         with recorder.during("load", "parameters"):
             load(recorder, base)
             model = models.adapt(base, spec, recorder.empty_cache)
         scope.name(model)
         loaded = recorder.take()
-        step = _stock_step(spec, config, model, recorder)
+        step = _stock_step(spec, config, model, recorder, semantics)
         for number in range(1, steps + 1):
             recorder.step = number
             step.run()
         events = recorder.take()
         evaluation = _evaluate(spec, config, step) if spec.evaluation_batch_size else []
+    vocabulary = config.get_text_config().vocab_size
+    categorise(events, vocabulary)
+    categorise(evaluation, vocabulary)
     result = Trace(
         loaded, events, tuple(recorder.unknown), evaluation, 0.0, sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad), spec.expandable_segments,
@@ -56,11 +63,11 @@ def trace(
 
 
 def _stock_step(
-    spec: RunSpec, config: PretrainedConfig, model: torch.nn.Module, recorder: Recorder
-) -> StockStep:
+    spec: RunSpec, config: PretrainedConfig, model: torch.nn.Module, recorder: Recorder,
+    semantics: CudaSemantics,
+) -> StockStep:  # fmt: skip
     with recorder.during("optimizer", "optimizer_states"):
         optimizer = create_optimizer(spec, model)
-    semantics = CudaSemantics(recorder)
     return StockStep(
         spec, model, optimizer, recorder, semantics,
         lambda: text_batch(spec, config, spec.micro_batch_size),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MAX_ELEMENTS = 1 << 18  # beyond this a value costs more than it can decide
 _ATTRIBUTE = "_vramwise_value"
 _READ = torch.ops.aten._local_scalar_dense.default
+_COPY = torch.ops.aten._to_copy.default
 _RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial")
 
 
@@ -38,12 +39,22 @@ def run(recorder: Recorder, func: Any, args: tuple, kwargs: dict[str, Any]) -> A
     """Run `func`; meta results of operations whose inputs all carry values carry values too."""
     if func is _READ:
         return _read(recorder, args[0])
-    if func is torch.ops.aten._to_copy.default:
+    if args and func is not _COPY and _unvalued(args[0]):
+        return func(*args, **kwargs)
+    if func is _COPY:
         return _copied(recorder, func, args, kwargs)
     inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     if not _computable(func, inputs, kwargs):
         return func(*args, **kwargs)
     return _with_value(func, args, kwargs, inputs)
+
+
+def _unvalued(x: Any) -> bool:
+    """A meta tensor of floats without a value: nearly every operation starts with one."""
+    return (
+        isinstance(x, torch.Tensor) and x.device.type == "meta"
+        and _ATTRIBUTE not in x.__dict__ and x.dtype.is_floating_point
+    )  # fmt: skip
 
 
 def _computable(func: Any, inputs: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:

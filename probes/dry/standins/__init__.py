@@ -12,7 +12,9 @@ from typing import Any
 
 Standin = Callable[[Any, Any, tuple, dict[str, Any]], Any]
 _TABLE: dict[str, Standin] = {}
-_FILES = ("attention", "bitsandbytes_4bit", "dropout")
+_FILES = (
+    "attention", "bitsandbytes_4bit", "bitsandbytes_8bit", "dropout", "foreach", "indexing",
+)  # fmt: skip
 
 
 def stands_for(*names: str) -> Callable[[Standin], Standin]:
@@ -32,3 +34,18 @@ def lookup(func: Any) -> Standin | None:
         for name in _FILES:
             import_module(f"probes.dry.standins.{name}")
     return _TABLE.get(func._schema.name)
+
+
+_KNOWN_LIBRARIES = ("aten", "prims", "bitsandbytes", "profiler")
+_WORKSPACES = {
+    "aten::convolution": "convolution: cuDNN's workspace is not counted",
+    "aten::convolution_backward": "convolution: cuDNN's workspace is not counted",
+}
+
+
+def doubt(func: Any) -> str | None:
+    """Why an operation without a stand-in is not known for certain, or None."""
+    name = func._schema.name
+    if func.namespace not in _KNOWN_LIBRARIES:
+        return f"{name}: a library's own kernel, counted by its results alone"
+    return _WORKSPACES.get(name)

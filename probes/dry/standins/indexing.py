@@ -1,0 +1,69 @@
+"""CUDA's index kernels and the buffers they sort and sum in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from probes.dry.standins import stands_for
+
+_SORTED_ROWS = 3072  # embedding_dense_backward_cuda: fewer indices need no sort
+_ROWS_A_THREAD = 10  # NROWS_PER_THREAD, EmbeddingBackwardKernel.cu
+
+
+@stands_for("aten::masked_scatter_")
+def masked_scatter_(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """IndexKernel.cpp `masked_scatter_cuda_impl`: the mask at full shape, and its prefix sum in
+    int64."""
+    x, mask = args[:2]
+    _scatter_buffers(recorder, func, x, mask)
+    return x
+
+
+@stands_for("aten::masked_scatter")
+def masked_scatter(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Out of place: a clone first."""
+    x, mask = args[:2]
+    result = torch.empty_like(x)
+    recorder.track(result, func)
+    _scatter_buffers(recorder, func, x, mask)
+    return result
+
+
+@stands_for("aten::masked_scatter_backward")
+def masked_scatter_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The selected gradients: positions in int64, one a dimension and element, then the values."""
+    grad, mask, sizes = args[:3]
+    count = torch.Size(sizes).numel()
+    positions = recorder.begin(func, count * grad.dim() * 8, "int64")
+    result = grad.new_empty(sizes)
+    recorder.track(result, func)
+    recorder.end(positions)
+    return result
+
+
+@stands_for("aten::embedding_dense_backward")
+def embedding_dense_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Past 3072 indices they are sorted, and rows are summed in fp32 by partial segments
+    (Embedding.cu, EmbeddingBackwardKernel.cu)."""
+    grad, indices, rows = args[:3]
+    count, width = indices.numel(), grad.shape[-1]
+    if count <= _SORTED_ROWS:
+        return grad.new_empty((rows, width))
+    made = [recorder.begin(func, count * 8, "int64") for _ in range(2)]
+    result = grad.new_empty((rows, width))
+    recorder.track(result, func)
+    segments = min(count, rows)
+    partial = count // _ROWS_A_THREAD + segments
+    made.append(recorder.begin(func, count * 8, "int64"))
+    made.append(recorder.begin(func, partial * 8, "int64"))
+    made.append(recorder.begin(func, partial * width * 4, "float32"))
+    for event in reversed(made):
+        recorder.end(event)
+    return result
+
+
+def _scatter_buffers(recorder: Any, func: Any, x: torch.Tensor, mask: torch.Tensor) -> None:
+    full = mask.shape == x.shape and mask.is_contiguous()
+    recorder.temporary(func, 0 if full else x.numel(), x.numel() * 8, dtype="int64")
