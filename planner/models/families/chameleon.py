@@ -7,6 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from planner.memory.loaded import Loaded
+from planner.memory.ops import Engine
+from planner.memory.step import Batch
+from planner.memory.tensor import Tensor
 from planner.models.decoder import (
     DecoderGeometry,
     Defaults,
@@ -16,10 +20,6 @@ from planner.models.decoder import (
     stack_modules,
     weighted,
 )
-from planner.memory.loaded import Loaded
-from planner.memory.ops import Engine
-from planner.memory.step import Batch
-from planner.memory.tensor import Tensor
 from planner.models.decoder_step import Decoder, head_and_loss
 from planner.models.reading import Reader
 from planner.models.tree import Component, Module

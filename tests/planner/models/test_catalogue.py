@@ -23,7 +23,7 @@ COMPONENTS = (
     ("lm_head", r"lm_head\."),
     ("language_model", r"model\.(language_model\.)?(layers|norm)\."),
 )
-TARGETS = (("lm_head",), ("embed_tokens", "o_proj"), ("down_proj",))
+TARGETS = (("lm_head", "down_proj"), ("embed_tokens", "o_proj"))
 
 
 def parameters_of(module: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
