@@ -134,9 +134,7 @@ def _dense(
         return weight
     nested = None
     if len(quant) == 4:
-        nested = QuantState(
-            absmax=quant[2], code=quant[1], blocksize=256, dtype=torch.float32
-        )
+        nested = QuantState(absmax=quant[2], code=quant[1], blocksize=256, dtype=torch.float32)
     state = QuantState(
         absmax=quant[0], shape=torch.Size(shape), blocksize=64, quant_type=quant_type,
         dtype=dtype, offset=quant[3] if nested else None, state2=nested,

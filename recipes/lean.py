@@ -72,7 +72,9 @@ class LeanStep:
         )
         self._trunk_trains = any(p.requires_grad for p in self.base.model.parameters())
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer, self.scheduler = self._optimizer(total_steps or spec.schedule.max_steps or 1)
+        self.optimizer, self.scheduler = self._optimizer(
+            total_steps or spec.schedule.max_steps or 1
+        )
         self._scaler = torch.amp.GradScaler(enabled=spec.precision == "fp16")
 
     def step(self, batches: Sequence[Batch]) -> Tensor:

@@ -67,9 +67,7 @@ def stock_trainer(
     dataset: of samples {"input_ids", "labels", ...} that `collate` stacks; listener: told the
     phases of each step; overrides: TrainingArguments of this run alone.
     """
-    arguments = training_arguments(
-        spec, output_dir, on_cpu=built.device.type == "cpu", **overrides
-    )
+    arguments = training_arguments(spec, output_dir, on_cpu=built.device.type == "cpu", **overrides)
     trainer = Trainer(
         model=built.model,
         args=arguments,

@@ -37,7 +37,9 @@ def test_fused_model_equals_peft_in_loss_and_gradients(quantization: str, target
     for loss in losses:
         loss.backward()
     assert torch.allclose(losses[0], losses[1], rtol=1e-6)
-    grads = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (peft, fused)]
+    grads = [
+        {n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (peft, fused)
+    ]
     assert grads[0].keys() == grads[1].keys()
     assert len(grads[0]) == 2 * 2 * (7 if targets == "all-linear" else 2)
     for name, grad in grads[0].items():
