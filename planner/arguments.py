@@ -43,7 +43,7 @@ def spec_parser(verb: str, description: str = "") -> argparse.ArgumentParser:
             names.append("--" + "-".join(path).replace("-", "_"))
         fields.add_argument(
             *dict.fromkeys(names), dest=".".join(path), metavar="VALUE",
-            nargs="?" if _is_bool(annotation) else None, const="true",
+            **({"nargs": "?", "const": "true"} if _is_bool(annotation) else {}),
             help=argparse.SUPPRESS if path[0] == "versions" else None,
         )  # fmt: skip
     return parser

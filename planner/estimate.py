@@ -95,52 +95,100 @@ def estimate(spec: RunSpec) -> Estimate:
     return assemble(spec, model, device, program)
 
 
-def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> Estimate:
-    """The answer for a program already run."""
-    workspace = cublas_workspace_bytes(device.compute_capability)
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What a program needs of torch's allocator on a kind of card. All in bytes.
+
+    workspace_bytes: one cuBLAS handle's; required_bytes: the smallest cap for the whole run.
+    """
+
+    workspace_bytes: int
+    peak_allocated_bytes: int
+    load_peak_bytes: int
+    eval_peak_bytes: int | None
+    required_bytes: int
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A requirement held against one card: bytes, verdict and time of an optimizer step."""
+
+    outside: NonTorch
+    low_bytes: int
+    high_bytes: int
+    total_bytes: int
+    verdict: Verdict
+    speed: StepTime
+    tokens_per_second: float
+
+
+def requirement(
+    spec: RunSpec, model: Model, program: Program, workspace_bytes: int
+) -> Requirement:
+    """The requirement of a program already run. Cards differ in it by their workspace alone."""
     training_peak = (
-        program.static_bytes + program.peak.peak_bytes + HANDLES_TRAINING * workspace
+        program.static_bytes + program.peak.peak_bytes + HANDLES_TRAINING * workspace_bytes
     )
     load_peak = load_peak_bytes(program)
     eval_peak = None
     if spec.evaluation_batch_size:
-        above = evaluation_peak(spec, model) + HANDLES_EVALUATION * workspace
+        above = evaluation_peak(spec, model) + HANDLES_EVALUATION * workspace_bytes
         eval_peak = program.static_bytes + above
-    required = required_bytes(program, workspace, spec.expandable_segments)
+    required = required_bytes(program, workspace_bytes, spec.expandable_segments)
     required = max(required, load_peak, eval_peak or 0)
     interval = requirement_interval(spec, model, required)
+    return Requirement(
+        workspace_bytes, training_peak, load_peak, eval_peak, required, interval
+    )  # fmt: skip
+
+
+def fit_on(spec: RunSpec, device: Device, program: Program, needed: Requirement) -> Fit:
+    """A requirement against `device` (or the spec's own device_memory)."""
     outside = non_torch(device, spec, program.states.paged_bytes)
     total = spec.device_memory or device.total_bytes
-    low, high = interval.low_bytes + outside.low_bytes, interval.high_bytes + outside.high_bytes
+    low = needed.interval.low_bytes + outside.low_bytes
+    high = needed.interval.high_bytes + outside.high_bytes
     speed = step_time(spec, device, program.work)
     tokens = spec.micro_batch_size * spec.sequence_length * spec.gradient_accumulation_steps
+    return Fit(
+        outside, low, high, total, verdict(low, high, total), speed, tokens / speed.step_s
+    )  # fmt: skip
+
+
+def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> Estimate:
+    """The answer for a program already run."""
+    workspace = cublas_workspace_bytes(device.compute_capability)
+    needed = requirement(spec, model, program, workspace)
+    fit = fit_on(spec, device, program, needed)
     work, count = program.work, spec.gradient_accumulation_steps
+    speed, interval = fit.speed, needed.interval
     return Estimate(
-        verdict=verdict(low, high, total),
+        verdict=fit.verdict,
         model=model.id,
         device=device.label,
         parameters=Parameters(
             model.tree.total_parameters, trainable_parameters(program), model.tree.by_component()
         ),
         resident_bytes=program.resident_bytes,
-        load_peak_bytes=load_peak,
-        peak_allocated_bytes=training_peak,
+        load_peak_bytes=needed.load_peak_bytes,
+        peak_allocated_bytes=needed.peak_allocated_bytes,
         peak_instant=program.peak.name,
-        eval_peak_bytes=eval_peak,
+        eval_peak_bytes=needed.eval_peak_bytes,
         host_bytes=host_bytes(program),
-        allocator_required_bytes=required,
+        allocator_required_bytes=needed.required_bytes,
         allocator_required_interval_bytes=(interval.low_bytes, interval.high_bytes),
-        non_torch_bytes=outside.bytes,
-        device_required_bytes=required + outside.bytes,
-        device_required_interval_bytes=(low, high),
-        device_total_bytes=total,
-        headroom_bytes=total - high,
+        non_torch_bytes=fit.outside.bytes,
+        device_required_bytes=needed.required_bytes + fit.outside.bytes,
+        device_required_interval_bytes=(fit.low_bytes, fit.high_bytes),
+        device_total_bytes=fit.total_bytes,
+        headroom_bytes=fit.total_bytes - fit.high_bytes,
         paged_bytes=program.states.paged_bytes,
         step_seconds=speed.step_s,
         step_seconds_interval=(
             speed.step_s * (1 - speed.spread), speed.step_s * (1 + speed.spread)
         ),
-        tokens_per_second=tokens / speed.step_s,
+        tokens_per_second=fit.tokens_per_second,
         time=speed,
         flops_per_step=count * (work.micro_batch.flops_16bit + work.micro_batch.flops_fp32),
         launches_per_step=count * work.micro_batch.launches + work.optimizer.launches,
@@ -148,7 +196,7 @@ def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> E
         terms=terms(program, HANDLES_TRAINING * workspace),
         basis=interval.basis,
         speed_basis=speed.basis,
-        notes=tuple(notes(spec, model, device, outside, interval)),
+        notes=tuple(notes(spec, model, device, fit.outside, interval)),
         spec=spec,
     )
 
