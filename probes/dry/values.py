@@ -13,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from planner.errors import UnsupportedError
+from probes.dry import fast
 
 if TYPE_CHECKING:
     from probes.dry.recorder import Recorder
@@ -40,7 +41,8 @@ def run(recorder: Recorder, func: Any, args: tuple, kwargs: dict[str, Any]) -> A
     if func is _READ:
         return _read(recorder, args[0])
     if args and func is not _COPY and _unvalued(args[0]):
-        return func(*args, **kwargs)
+        result = fast.run(func, args, kwargs)
+        return func(*args, **kwargs) if result is None else result
     if func is _COPY:
         return _copied(recorder, func, args, kwargs)
     inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]

@@ -14,6 +14,7 @@ Standin = Callable[[Any, Any, tuple, dict[str, Any]], Any]
 _TABLE: dict[str, Standin] = {}
 _FILES = (
     "attention", "bitsandbytes_4bit", "bitsandbytes_8bit", "dropout", "foreach", "indexing",
+    "normalisation",
 )  # fmt: skip
 
 

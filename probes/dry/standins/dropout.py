@@ -15,3 +15,9 @@ def native_dropout(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]
     x = args[0]
     output, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     return output, mask
+
+
+@stands_for("aten::native_dropout_backward")
+def native_dropout_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """One product with the mask, scaled in the kernel."""
+    return torch.empty_like(args[0])
