@@ -47,7 +47,9 @@ def cases(quick: bool) -> list[dict[str, Any]]:
         for stack in ("stock", "lean"):
             caps = 8 if index == 0 and not quick else 0
             listed.append({"name": name, "spec": {**spec, "stack": stack}, "caps": caps})
-    return listed if quick else listed + _variants()
+    evaluation = {"name": "evaluation of 100 questions", "spec": {**_SEED, "stack": "lean",
+                  "precision": "bf16"}}  # fmt: skip
+    return listed if quick else [*listed, evaluation, *_variants()]
 
 
 def _variants() -> list[dict[str, Any]]:
@@ -127,6 +129,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         stock = row if row["stack"] == "stock" else stock
         lines.append(_table_line(row, stock, rate))
+    lines += [f"\n{_line(row)}" for row in rows if "options_s" in row]
     if rate:
         lines.append(f"\nMatrix rate (bf16, 8192 cubed, random data): {rate / 1e12:.0f} TFLOP/s.")
     return "\n".join(lines)
@@ -161,6 +164,11 @@ def _gib(size_bytes: int | None) -> str:
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"FAILED {row['name']}: {row['error']}"
+    if "options_s" in row:
+        return (
+            f"{row['name']}: option scoring {format_seconds(row['options_s'])}, one token from 5 "
+            f"beams {format_seconds(row['generate_s'])}: {row['times_faster']:.1f} times"
+        )
     if "flops_per_s" in row:
         return f"{row['device']}, torch {row['torch']}: {row['flops_per_s'] / 1e12:.0f} TFLOP/s"
     return (

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from planner.spec import RunSpec, spec_from_mapping
 from recipes.build import Built, build
+from recipes.evaluation.scoring import Prompt, generate_answers, score_options
 from recipes.lean import LeanOptions, LeanStep
 from recipes.stock import stock_trainer
 from recipes.synthetic import RandomSamples, stack
@@ -225,9 +226,46 @@ def _row(
     }  # fmt: skip
 
 
+def evaluation_row(values: dict[str, Any], questions: int = 100) -> dict[str, Any]:
+    """Seconds for `questions` four-choice questions by option scoring and by the seed's way, on
+    one model. Random token ids; lengths spread as in MMMLU (60 to 300 after a prefix of 40)."""
+    spec = spec_from_mapping(values["spec"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    built = build(spec, config=values.get("config"), device=device)
+    base = built.base.eval()
+    draw = torch.Generator().manual_seed(0)
+    top = built.config.get_text_config().vocab_size
+    low = min(8_712, top - 64)
+    longest = 300 if device.type == "cuda" else 30
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(low, top, (count,), generator=draw).tolist())
+
+    prefix = ids(40)
+    lengths = torch.randint(longest // 5, longest, (questions,), generator=draw).tolist()
+    prompts, letters = [Prompt(ids(length)) for length in lengths], list(ids(4))
+    score_options(base, prefix, prompts[:8], letters)
+    generate_answers(base, None, prefix, prompts[:2])
+    seconds = []
+    for answer in (
+        lambda: score_options(base, prefix, prompts, letters),
+        lambda: generate_answers(base, None, prefix, prompts),
+    ):
+        began = time.perf_counter()
+        answer()
+        seconds.append(time.perf_counter() - began)
+    return {
+        "name": values["name"], "questions": questions, "options_s": seconds[0],
+        "generate_s": seconds[1], "times_faster": seconds[1] / seconds[0],
+    }  # fmt: skip
+
+
 def main() -> None:
     """Run the case on standard input."""
     values = json.load(sys.stdin)
+    if "evaluation" in values["name"]:
+        print(json.dumps(evaluation_row(values)), flush=True)
+        return
     if values.get("name") == "matrix rate":
         row = {"name": "matrix rate", "flops_per_s": matrix_rate_flops(),
                "device": torch.cuda.get_device_name(0), "torch": torch.__version__}  # fmt: skip

@@ -1,0 +1,158 @@
+"""Answering four-choice questions: by the letters' log-probabilities, and by generating.
+
+Scoring runs the words that all prompts share once, keeps their keys and values, and runs the rest
+of many prompts in one forward; only the last position of each meets the head.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from planner.errors import UnsupportedError
+from recipes.evaluation.questions import LETTERS
+from recipes.loss import head_of
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answered question. text: what was said (a letter, or what was generated instead);
+    index: the option it stands for, None where it stands for none; log_probabilities: of the four
+    letters, None by generation; seconds: its share of the batch, or its own."""
+
+    text: str
+    index: int | None
+    log_probabilities: tuple[float, ...] | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of the part after the shared prefix; image tokens are already ids."""
+
+    ids: tuple[int, ...]
+
+
+def letter_ids(tokenizer: Any, prompt_text: str) -> list[int]:
+    """The token each letter is, right after `prompt_text`. Raises UnsupportedError where a letter
+    is more than one token there: its log-probability would not be one token's."""
+    before = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+    found = []
+    for letter in LETTERS:
+        for text in (prompt_text + " " + letter, prompt_text + letter):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if ids[: len(before)] == before and len(ids) == len(before) + 1:
+                found.append(ids[-1])
+                break
+    if len(set(found)) != len(LETTERS):
+        raise UnsupportedError("the tokenizer does not write each of A, B, C, D as one token")
+    return found
+
+
+@torch.no_grad()
+def score_options(
+    base: PreTrainedModel,
+    prefix: Sequence[int],
+    prompts: Sequence[Prompt],
+    letters: Sequence[int],
+    *,
+    tokens_at_once: int = 16_384,
+) -> list[Answer]:
+    """Answers by the largest of the letters' log-probabilities, in the order of `prompts`.
+
+    prefix: ids shared by all, may be empty; letters: one id an option. At most `tokens_at_once`
+    tokens, padding included, run in one forward. The model must be in eval mode.
+    """
+    device = base.get_input_embeddings().weight.device
+    cache = _prefix_cache(base, prefix, device)
+    answers: list[Answer | None] = [None] * len(prompts)
+    for places in _groups(prompts, tokens_at_once):
+        began = time.perf_counter()
+        rows = [prompts[place].ids for place in places]
+        scores = _last_log_probabilities(base, prefix, cache, rows, letters, device).cpu()
+        seconds = (time.perf_counter() - began) / len(places)
+        for place, row in zip(places, scores.tolist(), strict=True):
+            best = max(range(len(row)), key=row.__getitem__)
+            answers[place] = Answer(LETTERS[best], best, tuple(row), seconds)
+    return [answer for answer in answers if answer is not None]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prefix: Sequence[int],
+    prompts: Sequence[Prompt],
+    *,
+    beams: int = 5,
+) -> list[Answer]:
+    """The seed's own way: one question at a time, one new token, `beams` beams, early stopping.
+    `beams` 1 is greedy. An answer is a letter only if the token's text is one."""
+    device = model.get_input_embeddings().weight.device
+    answers = []
+    for prompt in prompts:
+        began = time.perf_counter()
+        ids = torch.tensor([[*prefix, *prompt.ids]], device=device)
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1,
+            num_beams=beams, early_stopping=beams > 1, do_sample=False,
+            pad_token_id=model.generation_config.pad_token_id or 0,
+        )  # fmt: skip
+        token = int(out[0, -1])
+        text = tokenizer.decode([token]).strip() if tokenizer is not None else str(token)
+        index = LETTERS.index(text) if text in LETTERS else None
+        answers.append(Answer(text, index, None, time.perf_counter() - began))
+    return answers
+
+
+def _prefix_cache(
+    base: PreTrainedModel, prefix: Sequence[int], device: torch.device
+) -> DynamicCache | None:
+    if not prefix:
+        return None
+    cache = DynamicCache(config=base.config)
+    ids = torch.tensor([list(prefix)], device=device)
+    base.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _groups(prompts: Sequence[Prompt], tokens_at_once: int) -> Iterator[list[int]]:
+    """Indices in groups of near lengths, each group's padded size within the limit."""
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
+    while order:
+        size = max(1, tokens_at_once // max(1, len(prompts[order[0]].ids)))
+        yield order[:size]
+        order = order[size:]
+
+
+def _last_log_probabilities(
+    base: PreTrainedModel, prefix: Sequence[int], cache: DynamicCache | None,
+    rows: Sequence[Sequence[int]], letters: Sequence[int], device: torch.device,
+) -> Tensor:  # fmt: skip
+    """(rows, letters) log-probabilities after each row. Rows are padded on the right: a causal
+    model's last real position does not see what follows it, so no mask is needed."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
+    past = None
+    if cache is not None:
+        past = copy.deepcopy(cache)
+        past.batch_repeat_interleave(len(rows))
+    hidden = base.model(
+        input_ids=ids, past_key_values=past, use_cache=past is not None
+    ).last_hidden_state
+    ends = torch.tensor([len(row) - 1 for row in rows], device=device)
+    last = hidden[torch.arange(len(rows), device=device), ends]
+    logits = base.get_output_embeddings()(last).float()
+    head = head_of(base)
+    if head.softcap:
+        logits = torch.tanh(logits / head.softcap) * head.softcap
+    if head.excluded is not None:
+        logits = logits.masked_fill(head.excluded, torch.finfo(logits.dtype).min)
+    return torch.log_softmax(logits, dim=-1)[:, list(letters)]
