@@ -35,9 +35,10 @@ def config_for(name: str, tiny: bool = False) -> PretrainedConfig:
     path = Path(name)
     if path.is_dir() or path.is_file():
         config = load_config(str(path))
-        return load_config(shrink(config.to_dict())) if tiny else config
-    values = dict(load_model(name).config)
-    return load_config(shrink(values) if tiny else values)
+    else:
+        config = load_config(dict(load_model(name).config))
+    # Shrunk from the complete configuration: a config.json may leave its sizes to the defaults.
+    return load_config(shrink(config.to_dict())) if tiny else config
 
 
 def shrink(values: Mapping[str, Any]) -> dict[str, Any]:
