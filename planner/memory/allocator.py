@@ -43,6 +43,11 @@ class _Block:
         self.allocated = False
         self.mapped = True
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it is of the large pool."""
+        return self.pool.segment_bytes == LARGE_BUFFER_BYTES
+
 
 class _Pool:
     """Free blocks ordered by (size, address), both in one integer."""
@@ -127,6 +132,14 @@ class CachingAllocator:
         """`torch.cuda.reset_peak_memory_stats`."""
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
+
+    def segments(self, held: Iterable[_Block]) -> list[list[_Block]]:
+        """The blocks of every segment by address (an expandable one: each mapped stretch). `held`:
+        the blocks now allocated, which the caller has."""
+        known = [*held, *self._small.blocks.values(), *self._large.blocks.values()]
+        known += [*self._small.unmapped, *self._large.unmapped]
+        heads = sorted((b for b in known if b.prev is None), key=lambda block: block.address)
+        return [run for head in heads for run in _mapped_runs(head)]
 
     def _cached(self, pool: _Pool, size: int) -> _Block | None:
         """Best fit: the smallest free block that is large enough, lowest address first."""
@@ -243,6 +256,18 @@ class CachingAllocator:
         self._merge_neighbours(hole, pool)
         pool.unmapped.append(hole)
         self.reserved_bytes -= end - start
+
+
+def _mapped_runs(head: _Block) -> list[list[_Block]]:
+    runs: list[list[_Block]] = [[]]
+    block: _Block | None = head
+    while block is not None:
+        if block.mapped:
+            runs[-1].append(block)
+        elif runs[-1]:
+            runs.append([])
+        block = block.next
+    return [run for run in runs if run]
 
 
 def _take(pool: _Pool, block: _Block) -> None:

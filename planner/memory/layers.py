@@ -126,21 +126,19 @@ def matmul(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return t.record(out, (x, weight, bias), saved, backward)
 
 
-def _dequantize(t: Engine, state: Linear, dtype: DType, op: str) -> Tensor:
-    """bitsandbytes dequantize_4bit: the absmax (twice where doubly quantised), then the weight.
-
-    Blocks of 64 weights. The absmax is released when the caller's frame is; here, on return: it is
-    small (1/16 of the 16-bit weight).
-    """
+def _absmax(t: Engine, state: Linear, copies: int) -> list[Tensor]:
+    """The fp32 absmax of a doubly quantised weight, one a block of 64 weights."""
     size = state.in_features * state.out_features
-    absmax = shifted = None
-    if state.double_quant:
-        absmax = t.new((size // 64,), F32, "dequantize absmax")
-        shifted = t.new((size // 64,), F32, "dequantize absmax")
-    t.count(size * (0.5 + dtype.itemsize) + size // 16, 3 if state.double_quant else 1)
-    weight = t.new((state.out_features, state.in_features), dtype, op)
-    del absmax, shifted
-    return weight
+    t.count(size // 8 if state.double_quant else 0, copies if state.double_quant else 0)
+    return [
+        t.new((size // 64,), F32, "dequantize (absmax)") for _ in range(copies * state.double_quant)
+    ]
+
+
+def _dequantize(t: Engine, state: Linear, dtype: DType, op: str) -> Tensor:
+    """The 16-bit weight, from 4 bits."""
+    t.count(state.in_features * state.out_features * (0.5 + dtype.itemsize))
+    return t.new((state.out_features, state.in_features), dtype, op)
 
 
 def _matmul_4bit(t: Engine, state: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -150,13 +148,18 @@ def _matmul_4bit(t: Engine, state: Linear, x: Tensor, bias: Tensor | None) -> Te
     n, k = state.out_features, state.in_features
     flops = 2 * rows * n * k
     traffic = dtype.itemsize * (rows * (n + k) + n * k)
+    # backends/cuda/ops.py, _dequant_linear_fallback: the absmax and its shifted copy live as long
+    # as the weight.
+    absmax = _absmax(t, state, 2)
     weight = _dequantize(t, state, dtype, "dequantize")
     t.count_matmul(flops, traffic, dtype)
     out = t.new((*shape[:-1], n), dtype, "mm")
-    del weight
+    del weight, absmax
 
     def backward(g: Tensor) -> tuple[Tensor | None, ...]:
+        absmax = _absmax(t, state, 1)  # functional.dequantize_4bit shifts it in place
         dequantized = _dequantize(t, state, dtype, "dequantize (backward)")
+        del absmax
         t.count_matmul(flops, traffic, dtype)
         grad = t.new(shape, dtype, "mm (input gradient)")
         del dequantized

@@ -196,7 +196,9 @@ def causal_forward(
 ) -> tuple[Tensor, Tensor]:
     """`...ForCausalLM.forward` of a text-only model: (loss, logits)."""
     decoder = Decoder(t, loaded, geometry, "model.")
-    hidden = decoder.layers(decoder.embed(batch.ids))
+    embeds = decoder.embed(batch.ids)
+    hidden = decoder.layers(embeds)
+    del embeds  # `inputs_embeds` lives until the backbone's forward returns
     return head_and_loss(t, loaded, geometry, hidden, batch.labels)
 
 

@@ -136,7 +136,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`ChameleonForConditionalGeneration.forward`: (loss, logits)."""
     decoder = Decoder(t, loaded, geometry.text, "model.")
-    hidden = decoder.layers(decoder.embed(batch.ids))
+    embeds = decoder.embed(batch.ids)
+    hidden = decoder.layers(embeds)
+    del embeds  # `inputs_embeds` lives until the backbone's forward returns
     columns = geometry.vq.num_embeddings  # one vocabulary entry a code
     return head_and_loss(t, loaded, geometry.text, hidden, batch.labels, columns)
 
