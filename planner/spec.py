@@ -84,6 +84,36 @@ class Schedule(_Frozen):
     seed: Annotated[int, Field(ge=0)] = 42
 
 
+class Data(_Frozen):
+    """What `vramwise train` reads. `source`: a local parquet, CSV or JSON file, a folder of them,
+    or a dataset of the Hub; `tokenizer`: a folder or Hub name, the model's own by default. The
+    planner ignores all of it: it answers for full-length samples."""
+
+    source: Annotated[str, Field(min_length=1)]
+    format: Literal["auto", "alpaca", "images"] = "auto"
+    tokenizer: str | None = None
+    instruction: str = "Instrucción: {instruction}. Entrada: {input}"
+    instruction_alone: str = "Instrucción: {instruction}."
+    train_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    shuffle: bool = True
+    labels: Literal["answer", "all"] = "answer"
+    padding: Literal["longest", "max_length"] = "longest"
+    group_by_length: bool = True
+
+
+class Evaluation(_Frozen):
+    """Four-choice questions asked before and after. `choose`: by the letters' log-probabilities,
+    or the seed's way, one token generated from `beams` beams."""
+
+    source: Annotated[str, Field(min_length=1)]
+    format: Literal["auto", "mmmlu", "global_mmlu", "mmlu", "images"] = "auto"
+    questions: Count = 100
+    sample: Literal["stratified", "first"] = "stratified"
+    choose: Literal["options", "generate"] = "options"
+    beams: Annotated[int, Field(ge=1, le=64)] = 5
+    language: Literal["es", "en"] = "es"
+
+
 class RunSpec(_Frozen):
     """One fine-tune, and the card it should run on.
 
@@ -117,6 +147,8 @@ class RunSpec(_Frozen):
     evaluation_batch_size: Annotated[int, Field(ge=0, le=2**20)] = 0
     versions: Versions = Versions()
     schedule: Schedule = Schedule()
+    data: Data | None = None
+    evaluation: Evaluation | None = None
 
 
 def spec_from_mapping(values: Mapping[str, Any]) -> RunSpec:
@@ -180,11 +212,16 @@ def _problems(error: ValidationError) -> list[Problem]:
 
 
 def _fields_at(path: list[str]) -> list[str]:
-    nested: dict[str, type[BaseModel]] = {"lora": Lora, "versions": Versions, "schedule": Schedule}
+    nested: dict[str, type[BaseModel]] = {
+        "lora": Lora, "versions": Versions, "schedule": Schedule, "data": Data,
+        "evaluation": Evaluation,
+    }  # fmt: skip
     model = nested[path[0]] if path and path[0] in nested else RunSpec
     return list(model.model_fields)
 
 
 _FIELD_NAMES = {
-    name for model in (RunSpec, Lora, Versions, Schedule) for name in model.model_fields
+    name
+    for model in (RunSpec, Lora, Versions, Schedule, Data, Evaluation)
+    for name in model.model_fields
 }
