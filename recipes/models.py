@@ -1,18 +1,18 @@
-"""A model's name -> its transformers configuration and class, without the network where possible."""
+"""A model's name -> its transformers configuration and class, offline where possible."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, ChameleonConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from planner.errors import InputError, Problem, UnsupportedError
+from planner.errors import InputError, Problem, UnsupportedError, VramwiseError
+from planner.models.registry import load_model
 
 # facebook/chameleon-7b's tokenizer: 8,192 image codes from id 4 on, the placeholder at 8711.
 CHAMELEON_FIRST_IMAGE_ID = 4
@@ -28,18 +28,12 @@ def load_config(source: str | PretrainedConfig | dict[str, Any]) -> PretrainedCo
         return _completed(source)
     if isinstance(source, dict):
         return _completed(_from_mapping(source))
-    path = Path(source)
-    if path.is_file():
-        return _completed(_from_mapping(json.loads(path.read_text(encoding="utf-8"))))
-    if not path.is_dir() and source.lower().endswith("chameleon-7b"):
-        return _completed(ChameleonConfig())  # the class's defaults are the 7B
-    try:
+    if Path(source).is_dir():
         return _completed(AutoConfig.from_pretrained(source))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            Problem("model", f"has no readable configuration: {reason}", source)
-        ) from None
+    try:
+        return _completed(_from_mapping(dict(load_model(source).config)))
+    except VramwiseError as error:
+        return _completed(_from_hub(source, error))
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -73,6 +67,14 @@ def _from_mapping(values: dict[str, Any]) -> PretrainedConfig:
         return AutoConfig.for_model(model_type, **values)
     except ValueError:
         raise UnsupportedError(f"model_type {model_type!r} is unknown to transformers") from None
+
+
+def _from_hub(source: str, reason: VramwiseError) -> PretrainedConfig:
+    """A name that the planner does not know, from the Hub; its own reason where that fails too."""
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        raise reason from None
 
 
 def _completed(config: PretrainedConfig) -> PretrainedConfig:
