@@ -1,86 +1,171 @@
-"""Flags of a run spec: one for every field, plus MODEL, --gpu, --memory, --spec, --json."""
+"""Command-line flags: one for every field of a run spec (--gpu and --memory among them), and those
+a verb adds. Small on purpose: parsing must not cost more than the answer, and all that is wrong
+with a command is told at once."""
 
 from __future__ import annotations
 
-import argparse
+import sys
 import types
-from collections.abc import Iterable
-from typing import Any, NoReturn, Union, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from planner.errors import InputError, Problem, nearest_name
 from planner.spec import RunSpec, read_mapping, spec_from_mapping
 
-_ALIASES = {"device": ("--gpu",), "device_memory": ("--memory",)}
+Path = tuple[str, ...]
+_ALIASES = {"gpu": "device", "memory": "device_memory", "rank": "lora.rank"}
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors as the project's own, with the nearest flag."""
+@dataclass(frozen=True)
+class Flag:
+    """A flag that a verb takes beside the run spec's. metavar None: a switch."""
 
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments:"):
-            unknown = message.partition(":")[2].split()[0]
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = nearest_name(unknown, flags)
-            raise InputError(Problem("arguments", f"{unknown} is not known", nearest=near))
-        raise InputError(Problem("arguments", message))
+    name: str
+    help: str
+    metavar: str | None = None
 
 
-def spec_parser(verb: str, description: str = "") -> argparse.ArgumentParser:
-    """A parser with MODEL and a flag for every field of the run spec."""
-    parser = _Parser(prog=f"vramwise {verb}", description=description, allow_abbrev=False)
-    parser.add_argument("model", nargs="?", help="a name, a Hugging Face id, a folder or a config")
-    parser.add_argument("--spec", metavar="FILE", help="a run spec in TOML or JSON; - is stdin")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    fields = parser.add_argument_group("run spec")
-    for path, annotation in _fields(RunSpec, ()):
-        if path == ("model",):
-            continue
-        flag = "--" + "-".join(path).replace("_", "-")
-        names = [flag, *_ALIASES.get(path[0], ())]
-        if flag != flag.replace("-", "_").replace("__", "--", 1):
-            names.append("--" + "-".join(path).replace("-", "_"))
-        fields.add_argument(
-            *dict.fromkeys(names), dest=".".join(path), metavar="VALUE",
-            **({"nargs": "?", "const": "true"} if _is_bool(annotation) else {}),
-            help=argparse.SUPPRESS if path[0] == "versions" else None,
-        )  # fmt: skip
-    return parser
+COMMON = (
+    Flag("spec", "a run spec in TOML or JSON; - is standard input; flags win over it", "FILE"),
+    Flag("json", "one JSON object instead of text"),
+)
 
 
-def spec_arguments(
-    verb: str, arguments: list[str], parser: argparse.ArgumentParser | None = None
-) -> tuple[RunSpec, argparse.Namespace]:
-    """Parse flags (over a --spec file) into a RunSpec; raises InputError for every bad one."""
-    options = (parser or spec_parser(verb)).parse_args(arguments)
-    return spec_from_mapping(spec_values(options)), options
+@dataclass
+class Arguments:
+    """What was given: the verb's own flags (by name, text or True), positionals, spec fields by
+    path, and what was wrong so far."""
+
+    given: dict[str, Any] = field(default_factory=dict)
+    positionals: list[str] = field(default_factory=list)
+    fields: dict[Path, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def json(self) -> bool:
+        return bool(self.given.get("json"))
+
+    def values(self) -> dict[str, Any]:
+        """The mapping that the --spec file and the flags describe; flags win."""
+        source = self.given.get("spec")
+        values: dict[str, Any] = read_mapping(source) if source else {}
+        for path, text in self.fields.items():
+            target = values
+            for part in path[:-1]:
+                inner = target.setdefault(part, {})
+                target = inner if isinstance(inner, dict) else {}
+            target[path[-1]] = parse_value(text, field_types()[path])
+        return values
+
+    def run_spec(self) -> RunSpec:
+        """The run spec; raises InputError with everything that is wrong."""
+        try:
+            spec = spec_from_mapping(self.values())
+        except InputError as error:
+            raise InputError([*self.problems, *error.problems]) from None
+        self.check()
+        return spec
+
+    def check(self) -> None:
+        """Raise what was wrong with the flags themselves."""
+        if self.problems:
+            raise InputError(self.problems)
+
+    def number(self, name: str) -> float | None:
+        """A flag's positive number; a problem is noted where it is none."""
+        text = self.given.get(name)
+        if text is None:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < 1e12:
+            self.problems.append(Problem(f"--{name}", "is not a number above 0", text))
+        return value
 
 
-def spec_values(options: argparse.Namespace) -> dict[str, Any]:
-    """The mapping that flags and the --spec file describe; flags win."""
-    values: dict[str, Any] = read_mapping(options.spec) if options.spec else {}
-    if options.model is not None:
-        values["model"] = options.model
-    types_of = dict(_fields(RunSpec, ()))
-    for dotted, text in vars(options).items():
-        path = tuple(dotted.split("."))
-        if text is None or path == ("model",) or path not in types_of:
-            continue
-        target = values
-        for part in path[:-1]:
-            target = target.setdefault(part, {})
-        target[path[-1]] = parse_value(text, types_of[path])
-    return values
+def parse_arguments(
+    verb: str,
+    arguments: Sequence[str],
+    flags: Sequence[Flag] = (),
+    positionals: Sequence[str] = ("MODEL",),
+    description: str = "",
+) -> Arguments:
+    """Parse a verb's arguments; --help prints what it takes and exits.
+
+    The last positional named MODEL becomes the spec's model. Problems are kept, not raised, so
+    that they can be told together with the spec's.
+    """
+    known = {flag.name: flag for flag in (*COMMON, *flags)}
+    if any(argument in ("-h", "--help") for argument in arguments):
+        sys.stdout.write(_help(verb, known, positionals, description))
+        raise SystemExit(0)
+    parsed, rest = Arguments(), list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument.startswith("--") and len(argument) > 2:
+            _take_flag(parsed, known, argument[2:], rest)
+        else:
+            parsed.positionals.append(argument)
+    for extra in parsed.positionals[len(positionals) :]:
+        parsed.problems.append(Problem("arguments", f"{extra!r} is one too many"))
+    for name, text in zip(positionals, parsed.positionals, strict=False):
+        if name == "MODEL":
+            parsed.fields[("model",)] = text
+    return parsed
+
+
+def _take_flag(parsed: Arguments, known: dict[str, Flag], argument: str, rest: list[str]) -> None:
+    name, has_value, value = argument.partition("=")
+    name = name.replace("_", "-")
+    negated = name.startswith("no-") and _field_path(name[3:])
+    path = negated or _field_path(name)
+    flag = known.get(name)
+    if flag is None and path is None:
+        names = [*known, *(_flag_name(path) for path in field_types()), *_ALIASES]
+        near = nearest_name(name, names)
+        parsed.problems.append(
+            Problem("arguments", f"--{name} is not a flag", nearest=near and f"--{near}")
+        )
+        if rest and not rest[0].startswith("--"):
+            rest.pop(0)
+        return
+    is_switch = bool in kinds(field_types()[path]) if path else not (flag and flag.metavar)
+    if not has_value:
+        if is_switch:
+            value = rest.pop(0) if path and rest and rest[0].lower() in _TRUE + _FALSE else "true"
+        elif rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        else:
+            parsed.problems.append(Problem(f"--{name}", "needs a value"))
+            return
+    if flag is not None:
+        parsed.given[flag.name.replace("-", "_")] = value if flag.metavar else True
+    elif path is not None:
+        parsed.fields[path] = "false" if negated and value in _TRUE else value
+
+
+def _field_path(name: str) -> Path | None:
+    folded = _ALIASES.get(name, name).replace("-", "_").replace(".", "_")
+    return next((path for path in field_types() if "_".join(path) == folded), None)
+
+
+def _flag_name(path: Path) -> str:
+    return "-".join(path).replace("_", "-")
 
 
 def parse_value(text: str, annotation: Any) -> Any:
     """A flag's text as the field's type; left as text where it is none, for the spec to refuse."""
-    kinds = _kinds(annotation)
-    if bool in kinds and text.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
-        return text.lower() in ("true", "yes", "on", "1")
+    wanted = kinds(annotation)
+    if bool in wanted and text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
     for kind in (int, float):
-        if kind in kinds:
+        if kind in wanted:
             try:
                 return kind(text)
             except ValueError:
@@ -88,22 +173,59 @@ def parse_value(text: str, annotation: Any) -> Any:
     return text
 
 
-def _fields(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:
+_types: dict[Path, Any] = {}
+
+
+def field_types() -> dict[Path, Any]:
+    """Dotted path of every leaf field of the run spec -> its annotation."""
+    if not _types:
+        _types.update(_leaves(RunSpec, ()))
+    return _types
+
+
+def _leaves(model: type[BaseModel], prefix: Path) -> Iterator[tuple[Path, Any]]:
     for name, info in model.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from _fields(annotation, (*prefix, name))
+            yield from _leaves(annotation, (*prefix, name))
         else:
             yield (*prefix, name), annotation
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def kinds(annotation: Any) -> set[Any]:
+    """The plain types inside an annotation: {int, NoneType} for `Count | None`."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+        return {kind for part in get_args(annotation) for kind in kinds(part)}
     if hasattr(annotation, "__metadata__"):
-        return _kinds(get_args(annotation)[0])
+        return kinds(get_args(annotation)[0])
     return {annotation}
 
 
-def _is_bool(annotation: Any) -> bool:
-    return bool in _kinds(annotation)
+def _help(
+    verb: str, known: dict[str, Flag], positionals: Sequence[str], description: str
+) -> str:  # fmt: skip
+    places = " ".join(f"[{name}]" for name in positionals)
+    lines = [f"usage: vramwise {verb} {places} [flags]", ""]
+    lines += [description.strip(), ""] if description else []
+    for flag in known.values():
+        lines.append(f"  {f'--{flag.name} {flag.metavar or str()}':<34} {flag.help}")
+    lines += ["", "run spec (--gpu is --device, --memory is --device-memory):"]
+    defaults = RunSpec.model_construct(model="")
+    for path, annotation in field_types().items():
+        if path != ("model",):
+            default: Any = defaults
+            for part in path:
+                default = getattr(default, part)
+            lines.append(f"  {'--' + _flag_name(path):<34} {_allowed(annotation)} [{default}]")
+    return "\n".join(lines) + "\n"
+
+
+def _allowed(annotation: Any) -> str:
+    found = kinds(annotation) - {type(None)}
+    literal = [kind for kind in found if get_origin(kind) is Literal]
+    if literal and len(get_args(literal[0])) > 1:
+        return ", ".join(str(value) for value in get_args(literal[0]))
+    if bool in found:
+        return "true or false"
+    names = {int: "a whole number", float: "a number", str: "a name"}
+    return next((text for kind, text in names.items() if kind in found), "names, comma-separated")

@@ -3,19 +3,65 @@
 from __future__ import annotations
 
 import json
+import sys
 
-from planner.arguments import spec_arguments
-from planner.estimate import estimate
+from planner.arguments import Flag, parse_arguments
+from planner.estimate import Estimate, estimate
+from planner.spec import RunSpec
+
+FLAGS = (
+    Flag("max", "the largest micro_batch_size, sequence_length, lora.rank or images_per_sample "
+         "that fits", "FIELD"),
+    Flag("exact", "trace the real modelling code on the meta device (needs vramwise[train])"),
+    Flag("price-per-hour", "of the card: what the run costs", "PRICE"),
+)  # fmt: skip
 
 
 def run(arguments: list[str]) -> int:
     """Answer one run spec. Exit code 0: fits or tight; 1: does not fit."""
-    spec, options = spec_arguments("fit", arguments)
-    answer = estimate(spec)
-    if options.json:
-        print(json.dumps(answer.as_dict()))
-    else:
-        from planner.report.text import render_fit
+    given = parse_arguments("fit", arguments, FLAGS, description=str(__doc__))
+    price = given.number("price_per_hour")
+    spec = given.run_spec()
+    if given.given.get("max"):
+        return _largest(spec, given.given["max"], given.json)
+    answer = _exact(spec) if given.given.get("exact") else estimate(spec)
+    if given.json:
+        from planner.cost import run_cost
 
-        render_fit(answer)
+        values = answer.as_dict()
+        values["run"] = run_cost(answer, price)
+        sys.stdout.write(json.dumps(values) + "\n")
+    else:
+        from planner.levers import cheapest
+        from planner.report.terminal import show
+        from planner.report.text import fit_lines
+
+        show(fit_lines(answer, cheapest(answer), price))
     return 1 if answer.verdict == "does_not_fit" else 0
+
+
+def _largest(spec: RunSpec, field: str, as_json: bool) -> int:
+    from planner.report.terminal import show
+    from planner.report.text import largest_lines
+    from planner.solver import largest
+
+    found = largest(spec, field)
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_dict()) + "\n")
+    else:
+        show(largest_lines(found))
+    return 0 if found.value else 1
+
+
+def _exact(spec: RunSpec) -> Estimate:
+    from planner.errors import MissingExtraError
+
+    try:
+        from probes.dry.exact import exact
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("planner", "probes", "recipes"):
+            raise
+        raise MissingExtraError("fit --exact", "train", missing) from None
+    answer: Estimate = exact(spec)
+    return answer
