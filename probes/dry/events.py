@@ -96,6 +96,10 @@ class Trace:
         """Loading and steps as the allocator's input."""
         return [*stream(self.load), RESET_PEAKS, *stream(self.events)]
 
+    def whole_stream(self) -> list[tuple[int, int]]:
+        """Everything the run asks for, evaluation included."""
+        return stream([*self.load, *self.events, *self.evaluation])
+
     @property
     def peak_index(self) -> int:
         """Index in `events` of the allocation that reaches the peak."""
@@ -110,15 +114,18 @@ class Trace:
 
     @property
     def load_peak_bytes(self) -> int:
-        """Largest sum of live storages while loading."""
-        return peak([], self.load)[0]
+        """Peak allocated while loading. The block that `from_pretrained` takes first to warm the
+        allocator up is not held at once with the weights, but may itself be the peak."""
+        return replay(stream(self.load), expandable_segments=self.expandable).peak_allocated_bytes
 
     @property
     def eval_peak_bytes(self) -> int | None:
         """Peak of an evaluation step after the training steps, or None when there is none."""
         if not self.evaluation:
             return None
-        return peak([*self.load, *self.events], self.evaluation)[0]
+        before = stream([*self.load, *self.events])
+        whole = [*before, RESET_PEAKS, *stream(self.evaluation)]
+        return replay(whole, expandable_segments=self.expandable).peak_allocated_bytes
 
     def live_at_peak(self) -> list[LiveBytes]:
         """What fills the peak, by category, module and operation; largest first.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTr
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from planner.errors import InputError, Problem
+from planner.errors import InputError, Problem, nearest_name
+from planner.models.registry import known_names, load_model
 from planner.spec import RunSpec
 
 DTYPES = {
@@ -29,19 +30,29 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """A folder, a config.json, or a Hub id in the local cache -> config. Nothing is downloaded."""
-    if name in ("chameleon-7b", "facebook/chameleon-7b"):
-        return transformers.ChameleonConfig(dtype="bfloat16")
+    """A folder, a config.json, a name of the catalogue, or a Hub id in the local cache -> config.
+
+    Nothing is downloaded; InputError when nothing of that name is there.
+    """
     path = Path(name)
     try:
         if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return AutoConfig.for_model(values.pop("model_type"), **values)
+            return _of_mapping(json.loads(path.read_text(encoding="utf-8")))
+        if not path.is_dir() and name.lower() in {known.lower() for known in known_names()}:
+            return _of_mapping(load_model(name).config)
         return AutoConfig.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        allowed = "a folder with a config.json, a config.json, or a Hub id in the local cache"
-        raise InputError(Problem("model", f"cannot be built: {reason}", name, allowed)) from None
+        allowed = "a name of `vramwise models`, a folder, a config.json or a cached Hub id"
+        near = nearest_name(name, known_names())
+        raise InputError(
+            Problem("model", f"cannot be built: {reason}", name, allowed, near)
+        ) from None
+
+
+def _of_mapping(values: Mapping[str, Any]) -> PretrainedConfig:
+    rest = {key: value for key, value in values.items() if key != "model_type"}
+    return AutoConfig.for_model(values["model_type"], **rest)
 
 
 def shortened(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
@@ -60,14 +71,16 @@ def shortened(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that trains: `architectures`, else the first of transformers' mappings with it."""
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    """The class that trains it: image-text where there is one, then causal, then sequence to
+    sequence, then whatever `architectures` names."""
     for auto in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:
-            return mapping[type(config)]
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
     raise InputError(Problem("model", "transformers has no class that trains it", config.model_type))
 
 
@@ -194,6 +207,7 @@ def _complete_vocabulary(config: PretrainedConfig) -> None:
         return
     codes = {f"IMGIMG{_letters(code)}Z": code + 4 for code in range(8192)}
     config.vocabulary_map = {**codes, "<image>": 8711}
+    config.image_token_id = 8711
 
 
 def _letters(code: int) -> str:

@@ -105,6 +105,12 @@ class Recorder(TorchDispatchMode):
         if entry is not None:
             entry[1].category = category
 
+    def place(self, tensor: torch.Tensor, module: str) -> None:
+        """Fix the module of a tensor's storage (a parameter's, once adapters are in)."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        if entry is not None:
+            entry[1].module = module
+
     @contextmanager
     def during(self, phase: Phase, category: Category | None = None) -> Iterator[None]:
         """Events inside carry `phase` (and `category`); a new section begins and ends with it."""

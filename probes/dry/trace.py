@@ -44,6 +44,8 @@ def trace(
             load(recorder, base)
             model = models.adapt(base, spec, recorder.empty_cache)
         scope.name(model)
+        for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            recorder.place(tensor, path.rpartition(".")[0])
         loaded = recorder.take()
         step = _stock_step(spec, config, model, recorder, semantics)
         for number in range(1, steps + 1):
