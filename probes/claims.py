@@ -17,7 +17,9 @@ from probes.store import lock_of, read
 class Ledger:
     """The done and the claimed of one store file, read and written under its lock."""
 
-    def __init__(self, path: Path, also: tuple[Path, ...] = (), retry: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, path: Path, also: tuple[Path, ...] = (), retry: tuple[str, ...] = ()
+    ) -> None:
         self.path, self.retry = path, retry
         self.claims_path = path.with_suffix(".claims")
         self._elsewhere = {key for place in also if place.exists() for key in self._done_in(place)}

@@ -2,8 +2,9 @@
 
 A run leaves more than gradients behind: `Trainer` keeps the wrapped forward and its
 `_is_accelerate_prepared`, which makes the next `Trainer` train without autocast;
-`enable_input_require_grads` leaves a hook that makes the next run save the frozen body; checkpointing
-leaves its flags. Every module's own attributes are therefore copied before and put back after.
+`enable_input_require_grads` leaves a hook that makes the next run save the frozen body;
+checkpointing leaves its flags; the lean step swaps classes. Every module's class and attributes are
+therefore copied before and put back after.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ _VALUES_BYTES = 1 << 30
 
 @dataclass
 class ModelState:
-    """What a model was: attributes of every module, its config, flags and values of parameters."""
+    """What a model was: class and attributes of every module, its config, flags and values of
+    parameters."""
 
-    model: torch.nn.Module
+    classes: list[tuple[torch.nn.Module, type]] = field(default_factory=list)
     attributes: list[tuple[torch.nn.Module, dict[str, Any]]] = field(default_factory=list)
     configs: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     flags: list[tuple[torch.nn.Parameter, bool, torch.Tensor | None]] = field(default_factory=list)
@@ -32,9 +34,10 @@ class ModelState:
 def remember(model: torch.nn.Module, values: bool = True) -> ModelState:
     """Copy what `restore` puts back. Values of the trainable parameters (unless `values` is
     False, or they are many) go to the host."""
-    state = ModelState(model)
+    state = ModelState()
     seen: set[int] = set()
     for module in model.modules():
+        state.classes.append((module, type(module)))
         state.attributes.append((module, _shallow(module.__dict__)))
         config = module.__dict__.get("config")
         if config is not None and hasattr(config, "__dict__") and id(config) not in seen:
@@ -50,13 +53,22 @@ def remember(model: torch.nn.Module, values: bool = True) -> ModelState:
 
 def restore(state: ModelState) -> None:
     """Put everything back; gradients are dropped."""
+    for module, kind in state.classes:
+        if type(module) is not kind:
+            module.__class__ = kind
     for owner, attributes in (*state.attributes, *state.configs):
         owner.__dict__.clear()
         owner.__dict__.update(_shallow(attributes))
+    for parameter, requires_grad, _ in state.flags:
+        parameter.requires_grad_(requires_grad)
+    restore_values(state)
+
+
+def restore_values(state: ModelState) -> None:
+    """Gradients dropped, values as they were where they were kept; nothing else."""
     with torch.no_grad():
-        for parameter, requires_grad, value in state.flags:
+        for parameter, _, value in state.flags:
             parameter.grad = None
-            parameter.requires_grad_(requires_grad)
             if value is not None:
                 parameter.copy_(value)
 

@@ -76,10 +76,7 @@ def _chosen(cards: list[Card], arguments: argparse.Namespace) -> list[Card]:
     if unknown:
         raise InputError(Problem("--gpus", "no such card", ",".join(unknown), ", ".join(by_index)))
     chosen = [by_index[name] for name in wanted]
-    for card in chosen:
-        if not arguments.force:
-            refuse_if_busy(card)
-    return chosen
+    return chosen if arguments.force else [refuse_if_busy(card) for card in chosen]
 
 
 def _sweep(arguments: argparse.Namespace, campaign: Campaign, cards: list[Card] | None) -> int:

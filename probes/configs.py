@@ -26,8 +26,10 @@ _TINY_VQ = {
     "embed_dim": 16, "num_embeddings": 32, "latent_channels": 16, "base_channels": 32,
     "channel_multiplier": [1, 1], "num_res_blocks": 1, "resolution": 8,
 }  # fmt: skip
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id",
-        "vision_end_token_id", "vision_token_id", "video_token_id", "video_token_index")  # fmt: skip
+_IDS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id",
+    "vision_end_token_id", "vision_token_id", "video_token_id", "video_token_index",
+)  # fmt: skip
 
 
 def config_for(name: str, tiny: bool = False) -> PretrainedConfig:
@@ -46,7 +48,11 @@ def shrink(values: Mapping[str, Any]) -> dict[str, Any]:
     small = _small(values, _TINY)
     for key in ("text_config", "vision_config", "vq_config"):
         if isinstance(values.get(key), Mapping):
-            rules = {"text_config": _TINY, "vision_config": _TINY_VISION, "vq_config": _TINY_VQ}
+            rules: dict[str, Mapping[str, Any]] = {
+                "text_config": _TINY,
+                "vision_config": _TINY_VISION,
+                "vq_config": _TINY_VQ,
+            }
             small[key] = _small(values[key], rules[key])
     kind = values.get("model_type", "")
     if kind == "chameleon":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from dataclasses import dataclass
 
 from planner.errors import VramwiseError
@@ -68,15 +69,23 @@ def driver_version() -> str | None:
     return version if isinstance(version, str) else version.decode()
 
 
-def refuse_if_busy(card: Card) -> None:
-    """Raise BusyDeviceError when somebody else computes on, or fills, the card."""
-    if card.used_bytes <= OTHERS_ALLOWED_BYTES and not card.process_ids:
-        return
-    raise BusyDeviceError(
-        f"GPU {card.index} ({card.name}) is in use: {format_gib(card.used_bytes)} taken, "
-        f"{len(card.process_ids)} processes {list(card.process_ids)}, "
-        f"{card.utilization_percent} % busy; --force measures beside it"
-    )
+def refuse_if_busy(card: Card, patience_s: float = 10.0) -> Card:
+    """The card, as it is when nobody else computes on, or fills, it.
+
+    A process that has just ended may still be listed: it gets `patience_s`. Raises
+    BusyDeviceError.
+    """
+    deadline = time.monotonic() + patience_s
+    while card.used_bytes > OTHERS_ALLOWED_BYTES or card.process_ids:
+        if time.monotonic() > deadline:
+            raise BusyDeviceError(
+                f"GPU {card.index} ({card.name}) is in use: {format_gib(card.used_bytes)} taken, "
+                f"{len(card.process_ids)} processes {list(card.process_ids)}, "
+                f"{card.utilization_percent} % busy; --force measures beside it"
+            )
+        time.sleep(0.5)
+        card = _card(card.index)
+    return card
 
 
 def driver_use(index: int, others_used_bytes: int, reserved_bytes: int) -> Driver | None:

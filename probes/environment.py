@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from probes.records import Environment
 def describe(cpu: bool, gpu_index: int | None = None, settings: str = "") -> Environment:
     """This process's versions and device. `settings`: the allocator's, beyond the environment's."""
     allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    common = {
+    common: dict[str, Any] = {
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "peft": version("peft"),

@@ -19,13 +19,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from planner.spec import RunSpec
 from probes import loading
 from probes.capacity import smallest_cap
-from probes.clean import ModelState, drop_frames, remember, restore
+from probes.clean import drop_frames, remember, restore
 from probes.driver import driver_use, host_rss_bytes
 from probes.meters import Levels, Meter
 from probes.phases import PhaseClock
 from probes.records import Attempt, Capacity, Meters, Options, PhaseMeters
 from probes.saved import SavedTensors
-from probes.workload import Ran, run_steps
+from probes.workload import Ran, Runner, runner_for
 from recipes.build import Built
 
 # Steps of a try under a cap: the first makes the optimizer states, the second holds them.
@@ -71,39 +71,42 @@ class Session:
         gc.freeze()  # the model is permanent: collections need not walk it
 
     def measure(self, spec: RunSpec, options: Options) -> Meters:
-        """Everything the options ask of one spec. Raises OutOfMemoryError; the session can go on."""
+        """What the options ask of one spec. Raises OutOfMemoryError; the session can go on."""
         assert self.base is not None
         built: Built | None = None
+        runner: Runner | None = None
         try:
             with _oom_as_evidence():
                 built = loading.adapt(self.base, spec, self.meter.device)
-                return self._measure(built, options)
+                runner = runner_for(built)
+                return self._measure(built, runner, options)
         finally:
-            self._strip(built)
-            del built
+            self._strip(built, runner)
+            del built, runner
             self.meter.cap(None)
             self.meter.release()
 
-    def _strip(self, built: Built | None) -> None:
+    def _strip(self, built: Built | None, runner: Runner | None) -> None:
         """Adapters off, the base as it was loaded. A full fine-tune has none."""
+        if runner is not None:
+            runner.close()
         if built is not None and built.model is not built.base:
             built.model.unload()  # type: ignore[operator]
         restore(self.pristine)
 
-    def _measure(self, built: Built, options: Options) -> Meters:
+    def _measure(self, built: Built, runner: Runner, options: Options) -> Meters:
         self.meter.synchronize()
         resident = self.meter.levels()
-        state = remember(built.model)
         clock = PhaseClock(self.meter)
         retries, ooms = resident.retries, resident.ooms
-        ran = self._run(built, clock, options.steps)
+        ran = self._run(runner, clock, options.steps)
         after = self.meter.levels()
         driver = driver_use(
             self.situation.gpu_index, self.situation.others_used_bytes, after.reserved
         ) if self.meter.device.type == "cuda" else None  # fmt: skip
-        self._reset(state)
-        capacity = self._capacity(built, state, clock, options) if options.bisect else None
-        saved = self._saved(built, state) if options.saved_tensors else None
+        self._reset(runner)
+        capacity = self._capacity(runner, clock, options) if options.bisect else None
+        saved = self._saved(built, runner) if options.saved_tensors else None
         phases = {"load": self.load_meters, **clock.meters(options.warmup_steps)}
         peak, phase = clock.peak("allocated")
         rss, peak_rss = host_rss_bytes()
@@ -128,36 +131,33 @@ class Session:
             losses=ran.losses,
         )
 
-    def _run(self, built: Built, clock: PhaseClock, steps: int) -> Ran:
+    def _run(self, runner: Runner, clock: PhaseClock, steps: int) -> Ran:
         """The steps, then a synchronised device."""
         try:
-            return run_steps(built, clock, steps)
+            return runner.run(clock, steps)
         finally:
             self.meter.synchronize()
 
-    def _reset(self, state: ModelState) -> None:
+    def _reset(self, runner: Runner) -> None:
         """As a fresh process: the model as it was, no optimizer, no cache, no workspace."""
-        restore(state)
-        _forget_accelerator()
+        runner.reset()
         self.meter.release()
         self.meter.reset_peaks()
 
-    def _capacity(
-        self, built: Built, state: ModelState, clock: PhaseClock, options: Options
-    ) -> Capacity | None:
+    def _capacity(self, runner: Runner, clock: PhaseClock, options: Options) -> Capacity | None:
         def attempt(cap_bytes: int, steps: int = _ATTEMPT_STEPS) -> Attempt:
             before = self.meter.levels().retries
             self.meter.cap(cap_bytes)
             try:
                 with _oom_as_evidence():
-                    self._run(built, PhaseClock(self.meter), steps)
+                    self._run(runner, PhaseClock(self.meter), steps)
                 passed = True
             except OutOfMemoryError:
                 passed = False
             finally:
                 self.meter.cap(None)
             retries = self.meter.levels().retries - before
-            self._reset(state)
+            self._reset(runner)
             return Attempt(cap_bytes=cap_bytes, passed=passed, retries=retries)
 
         needed = max(t.peak_allocated for t in clock.tallies.values())
@@ -168,11 +168,11 @@ class Session:
             deadline=self.situation.deadline,
         )  # fmt: skip
 
-    def _saved(self, built: Built, state: ModelState) -> dict[str, int]:
+    def _saved(self, built: Built, runner: Runner) -> dict[str, int]:
         saved = SavedTensors(built.model)
         with saved:
-            self._run(built, PhaseClock(self.meter), 1)
-        self._reset(state)
+            self._run(runner, PhaseClock(self.meter), 1)
+        self._reset(runner)
         return saved.by_module_type()
 
 
@@ -192,13 +192,6 @@ def _oom_as_evidence() -> Iterator[None]:
     if evidence is not None:
         gc.collect()
         raise OutOfMemoryError(evidence.replace("\n", " ")[:600])
-
-
-def _forget_accelerator() -> None:
-    """accelerate keeps mixed precision in a process-wide singleton."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _phase_of(levels: Levels) -> PhaseMeters:

@@ -50,4 +50,3 @@ def load_base(
 def adapt(base: PreTrainedModel, spec: RunSpec, device: torch.device) -> Built:
     """The spec's adapters (and k-bit preparation) on a loaded base."""
     return Built(add_adapters(base, spec), base, base.config, spec, device)
-

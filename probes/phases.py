@@ -9,6 +9,7 @@ the step is replaced: module hooks, torch's global optimizer hooks, and a wrappe
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ class PhaseClock:
         marks = self.step_marks
         return spread([
             self.meter.seconds(a, b)
-            for i, (a, b) in enumerate(zip(marks, marks[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(marks))
             if i >= warmup
         ])  # fmt: skip
 
@@ -152,7 +153,7 @@ def watching(clock: PhaseClock, model: torch.nn.Module) -> Iterator[PhaseClock]:
         original(tensor, *args, **kwargs)
         clock.enter("clipping")
 
-    torch.Tensor.backward = backward  # type: ignore[method-assign]
+    torch.Tensor.backward = backward  # type: ignore[method-assign, assignment]
     try:
         yield clock
     finally:

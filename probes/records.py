@@ -146,7 +146,7 @@ class Process(_Frozen):
 class Record(_Frozen):
     """One line of a store."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     key: str
     campaign: str
     time_utc: str

@@ -55,7 +55,7 @@ class SavedTensors:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hooks.__exit__(kind, error, trace)  # type: ignore[arg-type]
+        self._hooks.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
 

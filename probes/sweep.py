@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -160,9 +159,7 @@ class Sweep:
                 self._result(lane, left.popleft(), event)
                 if self._over():
                     return
-            elif kind == "done":
-                return
-            elif kind == "budget":
+            elif kind == "done" or kind == "budget":
                 return
             else:
                 self._fail(lane, left, event, worker)
@@ -194,9 +191,7 @@ class Sweep:
             ],
         }
 
-    def _fail(
-        self, lane: Lane, left: deque[Point], event: dict[str, Any], worker: Worker
-    ) -> None:
+    def _fail(self, lane: Lane, left: deque[Point], event: dict[str, Any], worker: Worker) -> None:
         """The child hung, died or raised: the probe in flight gets the outcome."""
         if event["event"] == "timeout":
             limit = f"{self.settings.timeout_s:.0f} s a probe, {self.settings.load_timeout_s:.0f} s a load"  # noqa: E501
@@ -248,5 +243,3 @@ def lanes_for(gpus: list[int]) -> list[Lane]:
 def cpu_lane() -> Lane:
     """The CPU as a lane; its memory is not what a probe is held against."""
     return Lane(None, None, 0)
-
-
