@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget-seconds", type=float, help="start no probe after this time")
     parser.add_argument("--log", type=Path, help="what the children print (default: in the store)")
     parser.add_argument("--force", action="store_true", help="measure beside another tenant's load")
+    parser.add_argument("--no-skip", action="store_true",
+                        help="measure what the planner says cannot fit, too")  # fmt: skip
     return parser
 
 
@@ -97,6 +99,7 @@ def _sweep(arguments: argparse.Namespace, campaign: Campaign, cards: list[Card] 
         load_timeout_s=arguments.load_timeout,
         budget_s=arguments.budget_seconds,
         tiny=bool(arguments.cpu),
+        skip_hopeless=not arguments.no_skip,
     )
     print(f"{len(left)} probes to run, {len(known)} recorded before; records go to {path}")
     sweep = Sweep(settings, ledger, Progress(len(left), _say))

@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from planner.errors import VramwiseError
 from planner.spec import RunSpec
 
+_NAMES = (
+    "resident_bytes", "peak_allocated_bytes", "allocator_required_bytes", "load_peak_bytes",
+    "eval_peak_bytes", "device_required_bytes", "device_required_interval_bytes", "step_seconds",
+)  # fmt: skip
 
-def predict(spec: RunSpec, device_total_bytes: int | None) -> dict[str, Any] | None:
-    """The planner's numbers for `spec`, or None where it has no answer for it.
 
-    device_total_bytes: the card that the probe will run on.
-    """
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The card that the probe will run on, as the driver names it."""
+
+    name: str
+    total_bytes: int
+
+
+@lru_cache(maxsize=4096)
+def predict(spec: RunSpec, target: Target | None) -> dict[str, Any] | None:
+    """The planner's numbers for `spec` on the card; None without a card, {"error"} where the
+    planner has no answer: a sweep goes on without it, and the record says why."""
+    if target is None:
+        return None
+    card = {"device": target.name, "device_memory": target.total_bytes}
     try:
         from planner.estimate import estimate
-    except ImportError:
-        return None
-    memory = {"device_memory": device_total_bytes} if device_total_bytes else {}
-    try:
-        answer = estimate(spec.model_copy(update=memory))
-    except VramwiseError:
-        return None
-    names = ("peak_allocated_bytes", "allocator_required_bytes", "device_required_bytes",
-             "device_required_interval_bytes", "step_seconds", "resident_bytes")  # fmt: skip
-    found = {name: getattr(answer, name, None) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+
+        answer = estimate(spec.model_copy(update=card))
+    except VramwiseError as error:
+        return {"error": str(error)}
+    except Exception as error:
+        # A bug of the planner must not cost a night's measuring; it is kept in the record.
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    return {name: value for name in _NAMES if (value := getattr(answer, name, None)) is not None}
 
 
-def cannot_fit(predicted: dict[str, Any] | None, device_total_bytes: int | None) -> str | None:
+def cannot_fit(predicted: dict[str, Any] | None, target: Target | None) -> str | None:
     """Why the probe is skipped: even the lower end of what it needs passes the card."""
-    if not predicted or not device_total_bytes:
+    if not predicted or target is None or "device_required_interval_bytes" not in predicted:
         return None
-    interval = predicted.get("device_required_interval_bytes")
-    low = interval[0] if interval else predicted.get("device_required_bytes")
-    if low is None or low <= device_total_bytes:
+    low = predicted["device_required_interval_bytes"][0]
+    if low <= target.total_bytes:
         return None
-    return f"the planner expects at least {low} bytes; the card has {device_total_bytes}"
+    return f"the planner expects at least {low} bytes; the card has {target.total_bytes}"

@@ -15,7 +15,7 @@ from probes.claims import Ledger
 from probes.driver import find_cards
 from probes.grid import Point
 from probes.order import Group
-from probes.predict import cannot_fit, predict
+from probes.predict import Target, cannot_fit, predict
 from probes.progress import Progress
 from probes.records import Environment, Meters, Outcome, Process, Record
 from probes.store import append, lock_of
@@ -38,6 +38,7 @@ class Settings:
     load_timeout_s: float = 300.0
     budget_s: float | None = None
     tiny: bool = False
+    skip_hopeless: bool = True
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Lane:
     """One device and its children: the one that measures, and one that already imports."""
 
     gpu: int | None
-    total_bytes: int | None
+    target: Target | None
     others_used_bytes: int
     standby: Worker | None = None
     environment: Environment | None = None
@@ -112,7 +113,10 @@ class Sweep:
         left = deque(p for p in group.points if p.key in claimed)
         self.progress.already_done(len(group.points) - len(left))
         try:
-            self._skip_hopeless(lane, left)
+            if left and lane.standby is None:
+                lane.standby = self._worker(lane)  # imports while the planner predicts
+            if self.settings.skip_hopeless:
+                self._skip_hopeless(lane, left)
             while left and not self._over():
                 worker, lane.standby = lane.standby or self._worker(lane), None
                 try:
@@ -127,7 +131,7 @@ class Sweep:
 
     def _skip_hopeless(self, lane: Lane, left: deque[Point]) -> None:
         for point in list(left):
-            reason = cannot_fit(predict(point.spec, lane.total_bytes), lane.total_bytes)
+            reason = cannot_fit(predict(point.spec, lane.target), lane.target)
             if reason is not None:
                 left.remove(point)
                 self._store(lane, point, "skipped", reason)
@@ -228,7 +232,7 @@ class Sweep:
             environment=lane.environment,
             meters=meters,
             process=process,
-            predicted=predict(point.spec, lane.total_bytes),
+            predicted=predict(point.spec, lane.target),
         )
         append(self.ledger.path, record, lock_of(self.ledger.path))
         self.progress.ends(record, self.left_s())
@@ -237,7 +241,10 @@ class Sweep:
 def lanes_for(gpus: list[int]) -> list[Lane]:
     """A lane a card, each with what the card holds before any child of ours."""
     cards = {card.index: card for card in find_cards()}
-    return [Lane(gpu, cards[gpu].total_bytes, cards[gpu].used_bytes) for gpu in gpus]
+    return [
+        Lane(gpu, Target(cards[gpu].name, cards[gpu].total_bytes), cards[gpu].used_bytes)
+        for gpu in gpus
+    ]
 
 
 def cpu_lane() -> Lane:
