@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from probes.dry import values
 from probes.dry.attention import attend
 
 # AT_FORALL_LOWER_PRECISION_FP
@@ -55,6 +56,7 @@ class CudaSemantics(TorchFunctionMode):
         self.recorder = recorder
         self.dtype: torch.dtype | None = None
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._running: set[Any] = set()
         self._depth = 0
         self._open: dict[Any, Any] = {}
 
@@ -65,15 +67,21 @@ class CudaSemantics(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "dropout":
             return self._dropout(func, *args, **kwargs)
+        if func is torch.tensor and str(kwargs.get("device")) == "meta":
+            return values.constant(*args, **kwargs)
         if self.dtype is not None:
             args, kwargs = self._autocast(name, args, kwargs)
         if name == "scaled_dot_product_attention":
             return attend(self.recorder, *args, **kwargs)
         if name in ("softmax", "log_softmax") and type(func) is not types.FunctionType:
             return _softmax(func, name, *args, **kwargs)
-        if isinstance(func, types.FunctionType):
-            with self:
-                return self._opened(func)(*args, **kwargs)
+        if isinstance(func, types.FunctionType) and func not in self._running:
+            self._running.add(func)
+            try:
+                with self:
+                    return self._opened(func)(*args, **kwargs)
+            finally:
+                self._running.discard(func)
         return func(*args, **kwargs)
 
     @contextmanager

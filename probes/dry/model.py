@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def build(spec: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
     """The base model on meta, as `from_pretrained` leaves it (quantised, not yet adapted)."""
     _complete_vocabulary(config)
     config._attn_implementation = spec.attention
-    with torch.device("meta"), transformers.initialization.no_init_weights():
-        cls = model_class(config)
+    cls = model_class(config)
+    with torch.device("meta"), transformers.initialization.no_init_weights(), _refused("model"):
         model = cls._from_config(config, dtype=DTYPES[spec.weights_dtype])
     model.tie_weights()
     model.config.use_cache = False  # TrainingArguments.use_cache
@@ -141,8 +142,17 @@ def adapt(model: PreTrainedModel, spec: RunSpec, empty_cache: Callable[[], None]
         task_type="CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else list(targets),
     )  # fmt: skip
-    with torch.device("meta"):
+    with torch.device("meta"), _refused("lora"):
         return get_peft_model(model, settings)
+
+
+@contextmanager
+def _refused(field: str) -> Iterator[None]:
+    """What transformers or peft refuse to build is the spec's problem."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(Problem(field, str(error).splitlines()[0])) from None
 
 
 def _pack_4bit(module: Linear4bit, spec: RunSpec) -> None:

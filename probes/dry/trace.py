@@ -13,8 +13,8 @@ from planner.spec import RunSpec
 from probes.dry import model as models
 from probes.dry.attribution import categorise
 from probes.dry.autocast import CudaSemantics
-from probes.dry.batch import text_batch
-from probes.dry.events import Trace
+from probes.dry.batch import Batches
+from probes.dry.events import Event, Trace
 from probes.dry.load import load
 from probes.dry.cuda_view import cuda_view, flash_view
 from probes.dry.optimizers import create_optimizer
@@ -38,6 +38,7 @@ def trace(
     semantics = CudaSemantics(recorder)
     with flash_view():
         base = models.build(spec, config)
+    batches = Batches(spec, config, base)
     with scope.hooked(), recorder, cuda_view(semantics):
         scope.name(base)
         with recorder.during("load", "parameters"):
@@ -47,12 +48,12 @@ def trace(
         for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
             recorder.place(tensor, path.rpartition(".")[0])
         loaded = recorder.take()
-        step = _stock_step(spec, config, model, recorder, semantics)
+        step = _stock_step(spec, batches, model, recorder, semantics)
         for number in range(1, steps + 1):
             recorder.step = number
             step.run()
         events = recorder.take()
-        evaluation = _evaluate(spec, config, step) if spec.evaluation_batch_size else []
+        evaluation = _evaluate(batches, step) if spec.evaluation_batch_size else []
     vocabulary = config.get_text_config().vocab_size
     categorise(events, vocabulary)
     categorise(evaluation, vocabulary)
@@ -65,20 +66,20 @@ def trace(
 
 
 def _stock_step(
-    spec: RunSpec, config: PretrainedConfig, model: torch.nn.Module, recorder: Recorder,
+    spec: RunSpec, batches: Batches, model: torch.nn.Module, recorder: Recorder,
     semantics: CudaSemantics,
 ) -> StockStep:  # fmt: skip
     with recorder.during("optimizer", "optimizer_states"):
         optimizer = create_optimizer(spec, model)
     return StockStep(
         spec, model, optimizer, recorder, semantics,
-        lambda: text_batch(spec, config, spec.micro_batch_size),
+        lambda: batches.make(spec.micro_batch_size),
     )  # fmt: skip
 
 
-def _evaluate(spec: RunSpec, config: PretrainedConfig, step: StockStep) -> list:
-    batch = text_batch(spec, config, spec.evaluation_batch_size)
+def _evaluate(batches: Batches, step: StockStep) -> list[Event]:
     with step.recorder.during("inputs", "inputs"):
+        batch = batches.make(batches.spec.evaluation_batch_size)
         for tensor in batch.values():
             step.recorder.track(tensor, "input batch")
     step.evaluate(batch)

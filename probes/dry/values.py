@@ -31,6 +31,12 @@ def give(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def constant(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+    """`torch.tensor` on meta, which would forget what it was given."""
+    value = torch.tensor(data, **kwargs)
+    return give(torch.empty_like(value, device="meta"), value)
+
+
 def of(tensor: torch.Tensor) -> torch.Tensor | None:
     """The value a meta tensor carries, if any."""
     return tensor.__dict__.get(_ATTRIBUTE) if hasattr(tensor, "__dict__") else None
@@ -93,7 +99,7 @@ def _small_factory(func: Any, args: tuple) -> bool:
 def _on_meta(func: Any, args: tuple, kwargs: dict[str, Any], value: torch.Tensor) -> torch.Tensor:
     try:
         return func(*args, **kwargs)
-    except NotImplementedError:  # the result's shape depends on values: take it from them
+    except (NotImplementedError, RuntimeError):  # the result's shape depends on values: take it from them
         return torch.empty_like(value, device="meta")
 
 
