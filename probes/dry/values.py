@@ -33,8 +33,15 @@ def give(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def constant(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
     """`torch.tensor` on meta, which would forget what it was given."""
-    value = torch.tensor(data, **kwargs)
+    known = pytree.tree_map_only(torch.Tensor, lambda x: _known(x).tolist(), data)
+    value = torch.tensor(known, **kwargs)
     return give(torch.empty_like(value, device="meta"), value)
+
+
+def _known(tensor: torch.Tensor) -> torch.Tensor:
+    """Its value; zeros where it has none."""
+    value = of(tensor) if tensor.device.type == "meta" else tensor
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if value is None else value
 
 
 def of(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -84,12 +91,17 @@ def _with_value(func: Any, args: tuple, kwargs: dict[str, Any], inputs: list[tor
     value = func(*cpu_args, **cpu_kwargs)
     if func._schema.is_mutable:
         return func(*args, **kwargs)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_carried(v, torch.empty_like(v, device="meta")) for v in value)
     if not isinstance(value, torch.Tensor) or value.numel() > MAX_ELEMENTS:
         return func(*args, **kwargs)
-    result = _on_meta(func, args, kwargs, value)
-    if value.is_floating_point() and value.numel() > 4096:
-        return result
-    return give(result, value)
+    return _carried(value, _on_meta(func, args, kwargs, value))
+
+
+def _carried(value: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """`result` with `value`, unless it is too large to be one that decides a shape."""
+    limit = 4096 if value.is_floating_point() else MAX_ELEMENTS
+    return give(result, value) if value.numel() <= limit else result
 
 
 def _small_factory(func: Any, args: tuple) -> bool:
@@ -129,10 +141,7 @@ def _copied(recorder: Recorder, func: Any, args: tuple, kwargs: dict[str, Any]) 
     source = args[0]
     target = kwargs.get("device")
     if source.device.type == "meta" and target is not None and torch.device(target).type == "cpu":
-        value = of(source)
-        if value is None:
-            value = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
-        return value.clone()
+        return _known(source).to(kwargs.get("dtype") or source.dtype, copy=True)
     result = func(*args, **kwargs)
     value = of(source) if source.device.type == "meta" else source
     if value is not None and value.numel() <= MAX_ELEMENTS and not value.is_floating_point():

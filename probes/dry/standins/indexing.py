@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from planner.errors import UnsupportedError
+from probes.dry import values
 from probes.dry.standins import stands_for
 
 _SORTED_ROWS = 3072  # embedding_dense_backward_cuda: fewer indices need no sort
@@ -62,6 +64,30 @@ def embedding_dense_backward(recorder: Any, func: Any, args: tuple, kwargs: dict
     for event in reversed(made):
         recorder.end(event)
     return result
+
+
+@stands_for("aten::index")
+def index(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A mask becomes positions first (`nonzero`), so its values must be known."""
+    x, indices = args[0], args[1]
+    if x.device.type != "meta" or not any(_is_mask(i) for i in indices):
+        return values.run(recorder, func, args, kwargs)
+    positions: list[torch.Tensor | None] = []
+    for i in indices:
+        if not _is_mask(i):
+            positions.append(i)
+            continue
+        value = values.of(i)
+        if value is None:
+            raise UnsupportedError("a tensor is indexed by a mask that depends on the weights")
+        found = torch.empty((value.dim(), int(value.sum())), dtype=torch.int64, device="meta")
+        recorder.track(found, "nonzero")
+        positions += found.unbind(0)
+    return func(x, positions)
+
+
+def _is_mask(i: Any) -> bool:
+    return isinstance(i, torch.Tensor) and i.dtype is torch.bool and i.device.type == "meta"
 
 
 def _scatter_buffers(recorder: Any, func: Any, x: torch.Tensor, mask: torch.Tensor) -> None:
