@@ -119,8 +119,8 @@ def settings_sentence(answer: Estimate) -> str:
     """What was asked, in one line."""
     spec = answer.spec
     weights = spec.quantization if spec.quantization != "none" else spec.weights_dtype
-    targets = spec.lora.target_modules
-    targets = targets if isinstance(targets, str) else ",".join(targets)
+    names = spec.lora.target_modules
+    targets = names if isinstance(names, str) else ",".join(names)
     adapter = f"LoRA r={spec.lora.rank} on {targets}" if spec.method == "lora" else "full"
     images = f", {spec.images_per_sample} image(s)" if spec.images_per_sample else ""
     batch = f"{spec.micro_batch_size} x {spec.sequence_length} tokens{images}"

@@ -54,14 +54,6 @@ def _largest(spec: RunSpec, field: str, as_json: bool) -> int:
 
 
 def _exact(spec: RunSpec) -> Estimate:
-    from planner.errors import MissingExtraError
+    from planner.verbs.exact import exact_estimate
 
-    try:
-        from probes.dry.exact import exact
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("planner", "probes", "recipes"):
-            raise
-        raise MissingExtraError("fit --exact", "train", missing) from None
-    answer: Estimate = exact(spec)
-    return answer
+    return exact_estimate(spec)
