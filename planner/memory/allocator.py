@@ -22,7 +22,7 @@ MIN_LARGE_BYTES = 10 << 20  # kMinLargeAlloc
 ROUND_LARGE_BYTES = 2 << 20  # kRoundLarge
 _ADDRESS_BITS = 48
 _ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
-_EXPANDABLE_SPACE = 1 << 44  # address space of an expandable segment: more than any card
+_EXPANDABLE_SPACE = LARGE_BUFFER_BYTES << 19  # of addresses, 10 TiB: more than any card
 
 
 class OutOfMemoryError(VramwiseError):
@@ -200,8 +200,9 @@ class CachingAllocator:
         """`try_allocate_expandable_block`: map what is missing after the free end of a segment."""
         block = _room(pool, size)
         if block is None:
-            block = _Block(self._next_address, _EXPANDABLE_SPACE, pool)
-            self._next_address += _EXPANDABLE_SPACE
+            page = pool.segment_bytes  # pages are counted from the segment's own start
+            block = _Block(-(-self._next_address // page) * page, _EXPANDABLE_SPACE, pool)
+            self._next_address = block.address + _EXPANDABLE_SPACE
             block.mapped = False
             pool.unmapped.append(block)
         if not block.mapped:
@@ -362,11 +363,14 @@ def smallest_cap(
 ) -> int:  # fmt: skip
     """`allocator_required_bytes`: the smallest cap under which the stream completes.
 
-    Bisected between peak allocated and peak reserved, like the measured brackets.
+    Bisected between peak allocated and peak reserved, like the measured brackets; exact to
+    `resolution_bytes`.
     """
     events = list(stream)
     free = replay(events, expandable_segments=expandable_segments)
     low, high = free.peak_allocated_bytes - 1, free.peak_reserved_bytes
+    while not replay(events, cap_bytes=high, expandable_segments=expandable_segments).ok:
+        high += LARGE_BUFFER_BYTES  # torch checks a whole segment even where it maps fewer pages
     while high - low > resolution_bytes:
         middle = (low + high) // 2
         if replay(events, cap_bytes=middle, expandable_segments=expandable_segments).ok:
