@@ -10,10 +10,9 @@ from planner.errors import InputError, Problem
 from planner.interval import Interval, requirement_interval
 from planner.memory.loading import adapter_parameters
 from planner.memory.program import Program, evaluation_peak, run
-from planner.memory.requirement import required_bytes
+from planner.memory.requirement import reserve
 from planner.memory.terms import Term, live_terms, static_terms
 from planner.memory.workspace import (
-    HANDLES_EVALUATION,
     HANDLES_TRAINING,
     cublas_workspace_bytes,
 )
@@ -52,6 +51,7 @@ class Estimate:
     resident_bytes: int
     load_peak_bytes: int
     peak_allocated_bytes: int
+    peak_reserved_bytes: int
     peak_instant: str
     eval_peak_bytes: int | None
     host_bytes: int
@@ -103,7 +103,9 @@ class Requirement:
     """
 
     workspace_bytes: int
+    resident_bytes: int
     peak_allocated_bytes: int
+    peak_reserved_bytes: int
     load_peak_bytes: int
     eval_peak_bytes: int | None
     required_bytes: int
@@ -123,23 +125,18 @@ class Fit:
     tokens_per_second: float
 
 
-def requirement(
-    spec: RunSpec, model: Model, program: Program, workspace_bytes: int
-) -> Requirement:
+def requirement(spec: RunSpec, model: Model, program: Program, workspace_bytes: int) -> Requirement:
     """The requirement of a program already run. Cards differ in it by their workspace alone."""
-    training_peak = (
-        program.static_bytes + program.peak.peak_bytes + HANDLES_TRAINING * workspace_bytes
-    )
-    load_peak = load_peak_bytes(program)
+    needs = reserve(program, workspace_bytes, spec.expandable_segments)
     eval_peak = None
     if spec.evaluation_batch_size:
-        above = evaluation_peak(spec, model) + HANDLES_EVALUATION * workspace_bytes
-        eval_peak = program.static_bytes + above
-    required = required_bytes(program, workspace_bytes, spec.expandable_segments)
-    required = max(required, load_peak, eval_peak or 0)
+        above = evaluation_peak(spec, model) + HANDLES_TRAINING * workspace_bytes
+        eval_peak = needs.resident_bytes + program.states.device_bytes + above
+    required = max(needs.required_bytes, needs.load_peak_bytes, eval_peak or 0)
     interval = requirement_interval(spec, model, required)
     return Requirement(
-        workspace_bytes, training_peak, load_peak, eval_peak, required, interval
+        workspace_bytes, needs.resident_bytes, needs.peak_allocated_bytes,
+        needs.peak_reserved_bytes, needs.load_peak_bytes, eval_peak, required, interval,
     )  # fmt: skip
 
 
@@ -156,7 +153,9 @@ def fit_on(spec: RunSpec, device: Device, program: Program, needed: Requirement)
     )  # fmt: skip
 
 
-def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> Estimate:
+def assemble(
+    spec: RunSpec, model: Model, device: Device, program: Program
+) -> Estimate:
     """The answer for a program already run."""
     workspace = cublas_workspace_bytes(device.compute_capability)
     needed = requirement(spec, model, program, workspace)
@@ -170,9 +169,10 @@ def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> E
         parameters=Parameters(
             model.tree.total_parameters, trainable_parameters(program), model.tree.by_component()
         ),
-        resident_bytes=program.resident_bytes,
+        resident_bytes=needed.resident_bytes,
         load_peak_bytes=needed.load_peak_bytes,
         peak_allocated_bytes=needed.peak_allocated_bytes,
+        peak_reserved_bytes=needed.peak_reserved_bytes,
         peak_instant=program.peak.name,
         eval_peak_bytes=needed.eval_peak_bytes,
         host_bytes=host_bytes(program),
@@ -186,14 +186,15 @@ def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> E
         paged_bytes=program.states.paged_bytes,
         step_seconds=speed.step_s,
         step_seconds_interval=(
-            speed.step_s * (1 - speed.spread), speed.step_s * (1 + speed.spread)
+            speed.step_s * (1 - speed.spread),
+            speed.step_s * (1 + speed.spread),
         ),
         tokens_per_second=fit.tokens_per_second,
         time=speed,
         flops_per_step=count * (work.micro_batch.flops_16bit + work.micro_batch.flops_fp32),
         launches_per_step=count * work.micro_batch.launches + work.optimizer.launches,
         instants=instant_peaks(program, HANDLES_TRAINING * workspace),
-        terms=terms(program, HANDLES_TRAINING * workspace),
+        terms=terms(program, HANDLES_TRAINING * workspace, needed.peak_allocated_bytes),
         basis=interval.basis,
         speed_basis=speed.basis,
         notes=tuple(notes(spec, model, device, fit.outside, interval)),
@@ -201,8 +202,8 @@ def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> E
     )
 
 
-def terms(program: Program, workspace_bytes: int) -> tuple[Term, ...]:
-    """Every live byte at the peak, as named terms; they sum to peak_allocated_bytes."""
+def terms(program: Program, workspace_bytes: int, peak_bytes: int) -> tuple[Term, ...]:
+    """Every byte at the peak, as named terms; they sum to `peak_bytes`."""
     peak = program.peak
     workspace = Term(
         "cuBLAS workspaces", "workspace", workspace_bytes, "the whole step",
@@ -210,7 +211,14 @@ def terms(program: Program, workspace_bytes: int) -> tuple[Term, ...]:
         "aten/src/ATen/cuda/CublasHandlePool.cpp",
     )  # fmt: skip
     blocks = program.recorder.live_at(peak.event)
-    return (*static_terms(program), workspace, *live_terms(blocks, peak.name))
+    named = (*static_terms(program), workspace, *live_terms(blocks, peak.name))
+    unsplit = peak_bytes - sum(term.bytes for term in named)
+    remainder = Term(
+        "unsplit remainders of blocks", "allocator", unsplit, peak.name,
+        "allocated blocks less the tensors in them: a remainder up to 1 MiB is not split off",
+        "c10/cuda/CUDACachingAllocator.cpp should_split",
+    )  # fmt: skip
+    return (*named, remainder)
 
 
 def instant_peaks(program: Program, workspace_bytes: int) -> dict[str, int]:
@@ -228,17 +236,6 @@ def trainable_parameters(program: Program) -> int:
     if program.loaded.spec.method == "full":
         return program.loaded.tree.total_parameters
     return adapter_parameters(program.loaded)
-
-
-def load_peak_bytes(program: Program) -> int:
-    """Loading moves a shard's tensors one by one: the peak is what stays and the largest 16-bit
-    weight on its way to 4 or 8 bits."""
-    largest = 0
-    if program.loaded.quantized:
-        largest = max(
-            (module.parameters * 2 for module in program.loaded.tree.linears()), default=0
-        )
-    return program.resident_bytes + largest
 
 
 def host_bytes(program: Program) -> int:

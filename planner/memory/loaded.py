@@ -37,9 +37,14 @@ class Loaded:
         return self.spec.quantization != "none"
 
     @property
+    def casts_to_fp32(self) -> bool:
+        """Whether k-bit preparation makes the parameters that are not quantised fp32."""
+        return self.quantized and self.spec.stack == "stock" and self.spec.weights_dtype != "float32"
+
+    @property
     def dtype(self) -> DType:
-        """Dtype of the parameters that are not quantised: k-bit preparation makes them fp32."""
-        if self.quantized and self.spec.stack == "stock":
+        """Dtype of the parameters that are not quantised."""
+        if self.casts_to_fp32:
             return F32
         return DType(self.spec.weights_dtype)
 

@@ -1,84 +1,193 @@
-"""Loading: the tensors that stay on the device before the first step, and the peak on the way.
+"""Loading: what each tensor does to the allocator on the way, and what stays before the first step.
 
-Sources: transformers/integrations/bitsandbytes.py (which linears are replaced, quantised one by one
-as their shard is read), bitsandbytes/functional.py (4-bit layout: blocks of 64; doubly quantised
-absmax in blocks of 256), peft/utils/other.py (prepare_model_for_kbit_training: every 16-bit
-parameter to fp32), peft/tuners (adapters in fp32).
+Sources: transformers 5.17 (modeling_utils.py caching_allocator_warmup: one block of the model's
+size is taken and given back, so that the weights are carved from it; core_model_loading.py: tensors
+arrive by natural order of their names, quantised on arrival), bitsandbytes/functional.py
+(quantize_4bit: blocks of 64; a doubly quantised absmax in blocks of 256), peft/utils/other.py
+(prepare_model_for_kbit_training: every 16-bit parameter to fp32, then an emptied cache), peft
+tuners_utils.py (adapters in the base's dtype, then fp32).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from planner.dtypes import DType
+from planner.memory.allocator import EMPTY_CACHE
 from planner.memory.loaded import Loaded
 from planner.memory.storage import BLOCK_BYTES
-from planner.models.tree import Module
+from planner.models.tree import ModelTree, Module
 
 F32, UINT8, INT8 = DType.FLOAT32, DType.UINT8, DType.INT8
 BLOCK_WEIGHTS = 64
 NESTED_BLOCK = 256
+NESTED_CODE_BYTES = 1024  # 256 fp32 values of the dynamic map
+Events = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """One tensor that stays: rounded bytes, whose it is, and what."""
+    """One tensor that stays: its bytes rounded to blocks, whose it is, what, and its event id."""
 
     nbytes: int
     component: str
     what: str
+    key: int
 
 
 def rounded(nbytes: int) -> int:
     """Bytes as the allocator counts them."""
-    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+    return max(-(-nbytes // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
-def resident_tensors(loaded: Loaded) -> Iterator[Resident]:
-    """Every tensor on the device after loading and adapter set-up."""
-    for module in loaded.tree.modules:
-        shapes = module.shapes[1:] if module.tied_to else module.shapes
-        quantized = loaded.is_quantized(module)
-        for name, shape in shapes:
-            if quantized and name == "weight":
-                yield from _quantized_weight(loaded, module)
+class Loading:
+    """The allocator's events of loading, k-bit preparation and adapter set-up."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.spec = loaded.spec
+        self.events: Events = []
+        self.resident: dict[int, Resident] = {}
+        self._count = 0
+        self._warm_up()
+        plain = [self._arrive(module, name, shape) for module, name, shape in arrivals(loaded.tree)]
+        if loaded.casts_to_fp32:
+            self._cast_to_fp32([tensor for tensor in plain if tensor is not None])
+        if loaded.quantized and loaded.spec.stack == "stock":
+            self.events.append(EMPTY_CACHE)
+        self._adapters()
+
+    def _take(self, nbytes: int) -> int:
+        key, self._count = self._count, self._count + 1
+        self.events.append((key, rounded(nbytes)))
+        return key
+
+    def _give(self, key: int) -> None:
+        self.events.append((key, 0))
+
+    def _keep(self, nbytes: int, component: str, what: str, key: int | None = None) -> int:
+        key = self._take(nbytes) if key is None else key
+        self.resident[key] = Resident(rounded(nbytes), component, what, key)
+        return key
+
+    def _warm_up(self) -> None:
+        dtype = DType(self.spec.weights_dtype)
+        total = 0.0
+        for module in self.loaded.tree.modules:
+            quantized = self.loaded.is_quantized(module)
+            bits = 1 if self.spec.quantization == "int8" else 0.5
+            for name, shape in module.shapes[1:] if module.tied_to else module.shapes:
+                packed = quantized and name == "weight"
+                total += prod(shape) * (bits if packed else dtype.itemsize)
+        self._give(self._take(int(total // 2) * 2))
+
+    def _arrive(
+        self, module: Module, name: str, shape: tuple[int, ...]
+    ) -> tuple[int, Module, tuple[int, ...]] | None:
+        dtype = DType(self.spec.weights_dtype)
+        if self.loaded.is_quantized(module) and name == "weight":
+            if self.spec.quantization == "int8":
+                self._quantize_8bit(module)
             else:
-                nbytes = rounded(prod(shape) * loaded.dtype.itemsize)
-                yield Resident(nbytes, module.component, loaded.dtype.value)
-        if module.path in loaded.adapted:
-            yield from _adapter(loaded, module)
+                self._quantize_4bit(module)
+            return None
+        key = self._keep(prod(shape) * dtype.itemsize, module.component, dtype.value)
+        return key, module, shape
+
+    def _quantize_4bit(self, module: Module) -> None:
+        size, component = prod(module.weight_shape), module.component
+        source = self._take(size * 2)
+        blocks = -(-size // BLOCK_WEIGHTS)
+        what = f"{self.spec.quantization} weight"
+        if not self.spec.double_quant:
+            self._keep(blocks * 4, component, "absmax")
+            self._keep(-(-size // 2), component, what)
+            self._keep(64, component, "code")
+            self._give(source)
+            return
+        maxima = self._take(blocks * 4)
+        self._keep(-(-size // 2), component, what)
+        self._keep(64, component, "code")
+        self._keep(4, component, "offset")
+        centred = self._take(blocks * 4)
+        self._keep(NESTED_CODE_BYTES, component, "nested code")
+        self._keep(-(-blocks // NESTED_BLOCK) * 4, component, "nested absmax")
+        self._keep(blocks, component, "absmax")
+        self._give(centred)
+        self._give(maxima)
+        self._give(source)
+
+    def _quantize_8bit(self, module: Module) -> None:
+        """int8 weights come back from the host in 16 bits, become fp16, then rows of int8."""
+        size = prod(module.weight_shape)
+        first = self._take(size * 2)
+        half = self._take(size * 2)
+        self._keep(module.weight_shape[0] * 4, module.component, "int8 row scales")
+        self._keep(size, module.component, "int8 weight")
+        self._give(half)
+        self._give(first)
+
+    def _cast_to_fp32(self, plain: list[tuple[int, Module, tuple[int, ...]]]) -> None:
+        order = {module.path: index for index, module in enumerate(self.loaded.tree.modules)}
+        for key, module, shape in sorted(plain, key=lambda entry: (order[entry[1].path], entry[0])):
+            self._keep(prod(shape) * 4, module.component, F32.value)
+            self._give(key)
+            del self.resident[key]
+
+    def _adapters(self) -> None:
+        base = DType(self.spec.weights_dtype)
+        sixteen = []
+        for module in self.loaded.tree.modules:
+            if module.path not in self.loaded.adapted:
+                continue
+            for size in adapter_sizes(self.loaded, module):
+                if self.loaded.is_quantized(module) or self.loaded.casts_to_fp32:
+                    self._keep(size * 4, "adapter", "LoRA")
+                else:
+                    sixteen.append((self._take(size * base.itemsize), size))
+        for key, size in sixteen:
+            self._keep(size * 4, "adapter", "LoRA")
+            self._give(key)
 
 
-def _quantized_weight(loaded: Loaded, module: Module) -> Iterator[Resident]:
-    size = prod(module.weight_shape)
-    kind, component = loaded.spec.quantization, module.component
-    if kind == "int8":
-        yield Resident(rounded(size), component, "int8 weight")
-        yield Resident(rounded(module.weight_shape[0] * 4), component, "int8 row scales")
-        return
-    yield Resident(rounded(-(-size // 2)), component, f"{kind} weight")
-    blocks = -(-size // BLOCK_WEIGHTS)
-    if loaded.spec.double_quant:
-        yield Resident(rounded(blocks), component, "absmax")
-        nested = -(-blocks // NESTED_BLOCK)
-        yield Resident(rounded(nested * 4), component, "nested absmax")
-        yield Resident(2 * BLOCK_BYTES, component, "code and offset")
-    else:
-        yield Resident(rounded(blocks * 4), component, "absmax")
-        yield Resident(BLOCK_BYTES, component, "code and offset")
-
-
-def _adapter(loaded: Loaded, module: Module) -> Iterator[Resident]:
-    rank = loaded.spec.lora.rank
-    out_features, in_features = module.weight_shape[0], prod(module.weight_shape[1:])
-    for size in (rank * in_features, out_features * rank):
-        yield Resident(rounded(size * 4), "adapter", "LoRA")
+def adapter_sizes(loaded: Loaded, module: Module) -> tuple[int, int]:
+    """Elements of A and B."""
+    rank, (out_features, *rest) = loaded.spec.lora.rank, module.weight_shape
+    return rank * prod(rest), out_features * rank
 
 
 def adapter_parameters(loaded: Loaded) -> int:
     """Elements of all adapters."""
-    rank = loaded.spec.lora.rank
-    shapes = (loaded.tree.by_path[path].weight_shape for path in loaded.adapted)
-    return sum(rank * (shape[0] + prod(shape[1:])) for shape in shapes)
+    by_path = loaded.tree.by_path
+    return sum(sum(adapter_sizes(loaded, by_path[path])) for path in loaded.adapted)
+
+
+@lru_cache(maxsize=8)
+def _arrivals(tree: ModelTree) -> tuple[tuple[Module, str, tuple[int, ...]], ...]:
+    named = [
+        (module, name, shape)
+        for module in tree.modules
+        for name, shape in (module.shapes[1:] if module.tied_to else module.shapes)
+    ]
+    return tuple(sorted(named, key=lambda entry: natural_key(f"{entry[0].path}.{entry[1]}")))
+
+
+def arrivals(tree: ModelTree) -> Iterator[tuple[Module, str, tuple[int, ...]]]:
+    """Parameters in the order they arrive: by name, numbers by value."""
+    return iter(_arrivals(tree))
+
+
+def natural_key(name: str) -> list[tuple[int, int | str, int]]:
+    """core_model_loading.dot_natural_key: parts between dots, digits as numbers and first."""
+    key: list[tuple[int, int | str, int]] = []
+    for part in name.split("."):
+        if part.isdigit():
+            key.append((0, int(part), 0))
+        else:
+            stem = part.rstrip("0123456789")
+            digits = part[len(stem) :]
+            key.append((1, stem, int(digits) if digits else -1))
+    return key

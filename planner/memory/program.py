@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.errors import InputError, Problem, UnsupportedError
 from planner.memory.loaded import Loaded
-from planner.memory.loading import Resident, resident_tensors, rounded
+from planner.memory.loading import Loading, rounded
 from planner.memory.ops import Engine
 from planner.memory.optimizer import Optimizer, find_optimizer
 from planner.memory.step import Batch, Forward, StepWork, inputs, run_step, stock_loss
@@ -32,7 +32,7 @@ class Program:
     """The result of a run: static tensors, optimizer states, the recorded step, its work."""
 
     loaded: Loaded
-    resident: tuple[Resident, ...]
+    loading: Loading
     states: StateBytes
     recorder: Recorder
     work: StepWork
@@ -40,7 +40,8 @@ class Program:
 
     @property
     def resident_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.resident)
+        """Sum of the tensors that stay; the allocator's blocks hold a little more."""
+        return sum(tensor.nbytes for tensor in self.loading.resident.values())
 
     @property
     def static_bytes(self) -> int:
@@ -82,7 +83,7 @@ def run(spec: RunSpec, model: Model, recorder: Recorder | None = None) -> Progra
     count = sum(_size(leaf) for leaf in graded)
     for leaf in graded:
         leaf.grad = None
-    return Program(loaded, tuple(resident_tensors(loaded)), states, engine.recorder, work, count)
+    return Program(loaded, Loading(loaded), states, engine.recorder, work, count)
 
 
 def evaluation_peak(spec: RunSpec, model: Model) -> int:

@@ -1,58 +1,137 @@
-"""What the caching allocator must reserve: the step's own allocations, replayed.
+"""What the caching allocator makes of a run: the run's own events, replayed.
 
-The stream is loading, then two optimizer steps (the second meets the layout that the first left).
+The stream is loading, then two optimizer steps: the second has optimizer states, and meets the
+layout that the first left. Blocks hold what the allocator does not split off, so what torch reports
+as allocated comes from here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
-from planner.memory.allocator import RESET_PEAKS, smallest_cap
+from planner.memory.allocator import (
+    EMPTY_CACHE,
+    LARGE_BUFFER_BYTES,
+    MIN_LARGE_BYTES,
+    RESET_PEAKS,
+    ROUND_LARGE_BYTES,
+    SMALL_BUFFER_BYTES,
+    SMALL_BYTES,
+    CachingAllocator,
+    OutOfMemoryError,
+    replay,
+)
+from planner.memory.loading import Events
 from planner.memory.program import Program
 
-Stream = list[tuple[int, int]]
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Bytes as torch's counters would say them, loading apart in the peaks.
+
+    required_bytes: the smallest cap under which the steps complete.
+    """
+
+    resident_bytes: int
+    load_peak_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    required_bytes: int
 
 
-def stream(program: Program, workspace_bytes: int) -> Stream:
-    """(id, bytes) allocates, (id, 0) frees: loaded tensors, workspaces, a first step, optimizer
-    states, a second step."""
-    events: Stream = []
-    count = 0
-    for tensor in program.resident:
-        events.append((count, tensor.nbytes))
-        count += 1
-    events.append(RESET_PEAKS)
+def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -> Reserve:
+    """Replay the run without a cap, then find the smallest cap."""
+    load = program.loading.events
+    loaded = replay(load, expandable_segments=expandable_segments)
+    steps = step_events(program, workspace_bytes)
+    free = replay([*load, RESET_PEAKS, *steps], expandable_segments=expandable_segments)
+    required = smallest_sufficient_cap(load, steps, free.peak_allocated_bytes, expandable_segments)
+    return Reserve(
+        loaded.allocated_bytes, loaded.peak_allocated_bytes, free.peak_allocated_bytes,
+        free.peak_reserved_bytes, required,
+    )  # fmt: skip
+
+
+def step_events(program: Program, workspace_bytes: int) -> Events:
+    """Two optimizer steps. A workspace comes with the first product of each thread: the forward's,
+    and autograd's; optimizer states with the first optimizer step."""
     recorder = program.recorder
     sizes = [block.nbytes for block in recorder.blocks]
-    for step in range(2):
-        base = count
-        count += len(sizes)
-        for position, index in enumerate(recorder.events):
-            if position == 0 and step == 0:
-                events.append((-10, workspace_bytes))
-                events.append((-11, workspace_bytes))
-            if index >= 0:
-                events.append((base + index, sizes[index]))
-            else:
-                events.append((base + ~index, 0))
-        if step == 0:
-            for size in program.states.tensors:
-                events.append((count, size))
-                count += 1
-    return list(_positive(events))
+    first = len(program.loading.events)  # ids of loading are below
+    second = first + len(sizes) + len(program.states.tensors) + 2
+    events: Events = [(second - 1, workspace_bytes)]
+    backward = next((i.event for i in recorder.instants if i.name == "loss"), 0)
+    events += _shifted(recorder.events[:backward], sizes, first)
+    events.append((second - 2, workspace_bytes))
+    events += _shifted(recorder.events[backward:], sizes, first)
+    states = first + len(sizes)
+    events += [(states + index, size) for index, size in enumerate(program.states.tensors)]
+    return events + _shifted(recorder.events, sizes, second)
 
 
-def _positive(events: Stream) -> Iterator[tuple[int, int]]:
-    """Zero-size blocks never reach the allocator."""
-    empty: set[int] = set()
-    for key, size in events:
-        if key >= 0 and size == 0 and key in empty:
+def _shifted(events: list[int], sizes: list[int], base: int) -> Events:
+    return [(base + i, sizes[i]) if i >= 0 else (base + ~i, 0) for i in events
+            if sizes[i if i >= 0 else ~i]]  # fmt: skip
+
+
+def smallest_sufficient_cap(
+    load: Events, steps: Events, start_bytes: int, expandable_segments: bool
+) -> int:
+    """The smallest cap under which the steps complete, from above.
+
+    One pass raises the cap only where an allocation fails after the cached segments are given back;
+    a second checks the result, and where an early release had helped the first, widens it.
+    """
+    cap = _tightest(load, steps, start_bytes, expandable_segments)
+    while not _completes(load, steps, cap, expandable_segments):
+        cap += max(ROUND_LARGE_BYTES, cap // 400)
+    return cap
+
+
+def _tightest(load: Events, steps: Events, start_bytes: int, expandable_segments: bool) -> int:
+    allocator = CachingAllocator(expandable_segments=expandable_segments)
+    blocks = _run(allocator, load, {})
+    allocator.cap_bytes = start_bytes
+    for key, size in steps:
+        if not size:
+            allocator.free(blocks.pop(key))
             continue
-        yield key, size
+        try:
+            blocks[key] = allocator.malloc(size)
+        except OutOfMemoryError:
+            allocator.cap_bytes = allocator.reserved_bytes + _segment(size, expandable_segments)
+            blocks[key] = allocator.malloc(size)
+    assert allocator.cap_bytes is not None
+    return max(allocator.cap_bytes, allocator.peak_allocated_bytes)
 
 
-def required_bytes(program: Program, workspace_bytes: int, expandable_segments: bool) -> int:
-    """The smallest cap on the allocator under which the run completes."""
-    return smallest_cap(
-        stream(program, workspace_bytes), expandable_segments=expandable_segments
-    )
+def _segment(size: int, expandable: bool) -> int:
+    if size <= SMALL_BYTES:
+        return SMALL_BUFFER_BYTES
+    if size < MIN_LARGE_BYTES:
+        return LARGE_BUFFER_BYTES
+    granule = LARGE_BUFFER_BYTES if expandable else ROUND_LARGE_BYTES
+    return -(-size // granule) * granule
+
+
+def _completes(load: Events, steps: Events, cap: int, expandable_segments: bool) -> bool:
+    allocator = CachingAllocator(expandable_segments=expandable_segments)
+    blocks = _run(allocator, load, {})
+    allocator.cap_bytes = cap
+    try:
+        _run(allocator, steps, blocks)
+    except OutOfMemoryError:
+        return False
+    return True
+
+
+def _run(allocator: CachingAllocator, events: Events, blocks: dict[int, object]) -> dict[int, object]:
+    malloc, free = allocator.malloc, allocator.free
+    for key, size in events:
+        if size:
+            blocks[key] = malloc(size)
+        elif key >= 0:
+            free(blocks.pop(key))  # type: ignore[arg-type]
+        elif (key, size) == EMPTY_CACHE:
+            allocator.empty_cache()
+    return blocks

@@ -41,7 +41,7 @@ class Term:
 def static_terms(program: Program) -> list[Term]:
     """Parameters by component and storage, adapters, optimizer states."""
     groups: dict[tuple[str, str], list[int]] = {}
-    for tensor in program.resident:
+    for tensor in program.loading.resident.values():
         groups.setdefault((tensor.component, tensor.what), []).append(tensor.nbytes)
     terms = []
     for (component, what), sizes in groups.items():
