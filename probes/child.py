@@ -22,9 +22,6 @@ def main() -> int:
     _die_with_parent()
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # transformers loads unquantised tensors in threads, which the CPU's counter does not see.
-    if "--cpu" in sys.argv:
-        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import probes.harness  # noqa: F401
 

@@ -7,6 +7,7 @@ reset, a cap that makes an allocation fail, and a mark for timing.
 from __future__ import annotations
 
 import gc
+import os
 import time
 import weakref
 from dataclasses import dataclass
@@ -139,6 +140,8 @@ class CpuMeter(TorchDispatchMode):
             self._allocated -= size
 
     def start(self) -> CpuMeter:
+        # transformers loads unquantised tensors in threads, where this mode does not reach.
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         self.__enter__()
         return self
 

@@ -10,6 +10,7 @@ trained for six steps. Prints resident, peak allocated and peak reserved beside 
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def child(spec: dict[str, Any], folder: str) -> int:
     trainer = tf.Trainer(model, arguments, train_dataset=data, callbacks=[Clock()])
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    steps = sorted(b - a for a, b in zip(times[1:], times[2:], strict=False))
+    steps = sorted(b - a for a, b in itertools.pairwise(times[1:]))
     print(json.dumps({
         "resident_bytes": resident,
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
