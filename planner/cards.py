@@ -23,6 +23,7 @@ class CardRow:
     """One card's answer. cost_per_million_tokens and run_cost are in the prices' currency, None
     without a price (or, for the run, without a schedule)."""
 
+    spec: RunSpec
     device: Device
     needed: Requirement
     fit: Fit
@@ -53,7 +54,7 @@ class CardRow:
             "cost_per_million_tokens": self.cost_per_million_tokens,
             "run_hours": self.run_hours,
             "run_cost": self.run_cost,
-            "limits": list(self.device.limits),
+            "limits": list(relevant_limits(self.device, self.spec)),
             "verified": self.device.verified,
         }
 
@@ -76,6 +77,18 @@ def card_rows(
     return sorted(rows, key=_order)
 
 
+def relevant_limits(device: Device, spec: RunSpec) -> tuple[str, ...]:
+    """What the card cannot do of what the spec asks, each a clause."""
+    asked = {
+        "tensor cores": True,
+        "bf16": spec.precision == "bf16",
+        "int8": spec.quantization == "int8",
+        "flash_attention_2": spec.attention == "flash_attention_2",
+    }
+    return tuple(text for text in device.limits if any(on and word in text
+                 for word, on in asked.items()))  # fmt: skip
+
+
 def _row(
     spec: RunSpec, device: Device, needed: Requirement, fit: Fit, price: float | None
 ) -> CardRow:
@@ -83,7 +96,7 @@ def _row(
     hours = None if steps is None else steps * fit.speed.step_s / 3600
     million = None if price is None else price * 1e6 / fit.tokens_per_second / 3600
     cost = None if price is None or hours is None else price * hours
-    return CardRow(device, needed, fit, price, million, hours, cost)
+    return CardRow(spec, device, needed, fit, price, million, hours, cost)
 
 
 def _order(row: CardRow) -> tuple[Any, ...]:

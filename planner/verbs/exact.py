@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from planner.errors import MissingExtraError
-from planner.estimate import Estimate, device_of, estimate
+from planner.estimate import Estimate, estimate
 from planner.interval import requirement_interval
 from planner.memory.terms import Term
 from planner.models.registry import load_model

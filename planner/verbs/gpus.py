@@ -6,7 +6,7 @@ import json
 import sys
 
 from planner.arguments import Flag, parse_arguments
-from planner.cards import CardRow, card_rows
+from planner.cards import CardRow, card_rows, relevant_limits
 from planner.report.terminal import Line, show
 from planner.report.text import WORD
 from planner.units import GIB, format_seconds
@@ -45,12 +45,12 @@ def gpus_lines(rows: list[CardRow], priced: bool) -> list[Line]:
     lines.append(Line(head + (f"{'per 1M tokens':>15}{'run':>10}" if priced else ""), "head"))
     for row in rows:
         fit = row.fit
-        text = (f"{row.device.label:<44}{WORD[fit.verdict]:<14}"
-                f"{row.device_required_bytes / GIB:>8.1f}{fit.total_bytes / GIB:>8.1f}  "
-                f"{fit.tokens_per_second:>9,.0f}  {format_seconds(fit.speed.step_s):>9}")  # fmt: skip
+        sizes = f"{row.device_required_bytes / GIB:>8.1f}{fit.total_bytes / GIB:>8.1f}"
+        pace = f"{fit.tokens_per_second:>9,.0f}  {format_seconds(fit.speed.step_s):>9}"
+        text = f"{row.device.label:<44}{WORD[fit.verdict]:<14}{sizes}  {pace}"
         if priced:
             text += f"{_money(row.cost_per_million_tokens):>15}{_money(row.run_cost):>10}"
-        limits = "; ".join(row.device.limits)
+        limits = "; ".join(relevant_limits(row.device, row.spec))
         lines.append(Line(f"{text}  {limits}".rstrip(), _STYLE[fit.verdict]))
     spread = max((row.fit.speed.spread for row in rows), default=0.0)
     lines += [Line(), Line(f"GiB; speeds within about {spread:.0%} where no record of the card "

@@ -26,7 +26,7 @@ FLAGS = (
 def run(arguments: list[str]) -> int:
     """Evaluate the grid and write it. Exit code 0."""
     given = parse_arguments("sweep", arguments, FLAGS, ("GRID.toml",), str(__doc__))
-    out = given.given.get("out")
+    out = str(given.given.get("out") or "")
     if not given.positionals:
         given.problems.append(Problem("GRID.toml", "is required"))
     if not out:
