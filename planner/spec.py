@@ -40,12 +40,18 @@ def _as_bytes(value: object) -> object:
 
 def _as_names(value: object) -> object:
     if isinstance(value, str) and value != "all-linear":
-        return tuple(part.strip() for part in value.split(","))
-    return tuple(value) if isinstance(value, list) else value
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, list | tuple):
+        if not value or not all(isinstance(name, str) and name for name in value):
+            raise ValueError("is not a list of module names")
+        return tuple(value)
+    return value
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Lora(_Frozen):
@@ -125,7 +131,7 @@ class RunSpec(_Frozen):
     model: Annotated[str, Field(min_length=1)]
     device: Annotated[str, Field(min_length=1)] | None = None
     device_memory: Annotated[
-        Annotated[int, Field(gt=0, le=1 << 50)] | None, BeforeValidator(_as_bytes)
+        Annotated[int, Field(ge=1 << 24, le=1 << 50)] | None, BeforeValidator(_as_bytes)
     ] = None
     stack: Literal["stock", "lean"] = "stock"
     method: Literal["lora", "full"] = "lora"

@@ -26,7 +26,12 @@ def parse_bytes(text: str) -> int:
     unit = match.group(2).upper() if match else ""
     if not match or unit not in _SIZES:
         raise ValueError("a size is a number of bytes or a number with KiB, MiB, GiB, KB, MB or GB")
-    return int(float(match.group(1)) * _SIZES[unit])
+    number = float(match.group(1))
+    if not unit and not number.is_integer():
+        raise ValueError("a size in bytes is a whole number; a unit is GiB, MiB, GB, ...")
+    if number > 1e30:
+        raise ValueError("a size of more than 1e30 is none")
+    return int(number * _SIZES[unit])
 
 
 def format_gib(size_bytes: float, digits: int = 2) -> str:

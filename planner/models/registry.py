@@ -141,8 +141,12 @@ def _config_path(name: str) -> Path | None:
     cached = _cached_config(name)
     if cached is not None:
         return cached
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError):  # too long for a path; ~ of a user that does not exist
+        return None
+    if is_folder:
         config = path / "config.json"
         if not config.is_file():
             raise InputError(Problem("model", "is a folder without a config.json", name))
