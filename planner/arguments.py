@@ -85,7 +85,8 @@ class Arguments:
         except ValueError:
             value = -1.0
         if not 0 < value < 1e12:
-            self.problems.append(Problem(f"--{name}", "is not a number above 0", text))
+            flag = name.replace("_", "-")
+            self.problems.append(Problem(f"--{flag}", "is not a number above 0", text))
         return value
 
 
@@ -109,7 +110,8 @@ def parse_arguments(
     while rest:
         argument = rest.pop(0)
         if argument.startswith("--") and len(argument) > 2:
-            _take_flag(parsed, known, argument[2:], rest)
+            full = len(parsed.positionals) >= len(positionals)
+            _take_flag(parsed, known, argument[2:], rest, full)
         else:
             parsed.positionals.append(argument)
     for extra in parsed.positionals[len(positionals) :]:
@@ -120,26 +122,28 @@ def parse_arguments(
     return parsed
 
 
-def _take_flag(parsed: Arguments, known: dict[str, Flag], argument: str, rest: list[str]) -> None:
+def _take_flag(
+    parsed: Arguments, known: dict[str, Flag], argument: str, rest: list[str], full: bool
+) -> None:
+    """One flag and its value. `full`: every positional is there, so what follows is a value."""
     name, has_value, value = argument.partition("=")
     name = name.replace("_", "-")
     negated = name.startswith("no-") and _field_path(name[3:])
     path = negated or _field_path(name)
     flag = known.get(name)
+    follows = bool(rest) and not rest[0].startswith("--")
     if flag is None and path is None:
-        names = [*known, *(_flag_name(path) for path in field_types()), *_ALIASES]
-        near = nearest_name(name, names)
-        parsed.problems.append(
-            Problem("arguments", f"--{name} is not a flag", nearest=near and f"--{near}")
-        )
-        if rest and not rest[0].startswith("--"):
+        parsed.problems.append(_unknown(name, known))
+        if follows and full:
             rest.pop(0)
         return
-    is_switch = bool in kinds(field_types()[path]) if path else not (flag and flag.metavar)
     if not has_value:
-        if is_switch:
-            value = rest.pop(0) if path and rest and rest[0].lower() in _TRUE + _FALSE else "true"
-        elif rest and not rest[0].startswith("--"):
+        if path and bool in kinds(field_types()[path]):
+            taken = follows and (full or rest[0].lower() in _TRUE + _FALSE)
+            value = rest.pop(0) if taken else "true"
+        elif flag is not None and flag.metavar is None:
+            value = "true"
+        elif follows:
             value = rest.pop(0)
         else:
             parsed.problems.append(Problem(f"--{name}", "needs a value"))
@@ -148,6 +152,12 @@ def _take_flag(parsed: Arguments, known: dict[str, Flag], argument: str, rest: l
         parsed.given[flag.name.replace("-", "_")] = value if flag.metavar else True
     elif path is not None:
         parsed.fields[path] = "false" if negated and value in _TRUE else value
+
+
+def _unknown(name: str, known: dict[str, Flag]) -> Problem:
+    names = [*known, *(_flag_name(path) for path in field_types()), *_ALIASES]
+    near = nearest_name(name, names)
+    return Problem("arguments", f"--{name} is not a flag", nearest=near and f"--{near}")
 
 
 def _field_path(name: str) -> Path | None:

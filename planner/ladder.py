@@ -13,7 +13,8 @@ from planner.sweep import IMPOSSIBLE, Row, evaluate
 
 START: dict[str, Any] = {
     "method": "full", "quantization": "none", "double_quant": False,
-    "optimizer": "adamw_torch_fused", "gradient_checkpointing": False, "expandable_segments": False, "stack": "stock",
+    "optimizer": "adamw_torch_fused", "gradient_checkpointing": False,
+    "expandable_segments": False, "stack": "stock",
     "gradient_accumulation_steps": 1,
 }  # fmt: skip
 _LEAST_BATCH = 4  # where the first rung starts when the spec asks for less
@@ -50,7 +51,7 @@ def default_rungs(spec: RunSpec) -> list[tuple[str, Change]]:
         ("double quantization", {"double_quant": True}),
         ("batch 1, accumulated", {"micro_batch_size": 1, "gradient_accumulation_steps": whole}),
         ("gradient checkpointing", {"gradient_checkpointing": True}),
-        ("8-bit AdamW", {"optimizer": "adamw_8bit"}),
+        ("8-bit AdamW for adapters", {"optimizer": "adamw_8bit"}),
         ("paged 8-bit AdamW", {"optimizer": "paged_adamw_8bit"}),
         ("expandable segments", {"expandable_segments": True}),
         ("lean stack", {"stack": "lean"}),

@@ -66,7 +66,7 @@ def shared_settings(spec: RunSpec) -> str:
     return (
         f"{spec.sequence_length} tokens a sample{images}, accumulation "
         f"{spec.gradient_accumulation_steps}, LoRA r={spec.lora.rank} on {targets}, "
-        f"{checkpointing} gradient checkpointing, autocast {spec.precision}, {spec.optimizer} unless the row says "
-        f"otherwise, {spec.attention}, {spec.stack} stack, torch {versions.torch}, transformers "
-        f"{versions.transformers}"
+        f"{checkpointing} gradient checkpointing, autocast {spec.precision}, "
+        f"{spec.optimizer} unless the row says otherwise, {spec.attention}, "
+        f"{spec.stack} stack, torch {versions.torch}, transformers {versions.transformers}"
     )

@@ -107,7 +107,7 @@ def _row(values: tuple[Any, ...], spec: RunSpec, cache: dict[RunSpec, _Needs | s
     needed = _requirement(needs, spec, model, device)
     fit = fit_on(spec, device, needs.program, needed)
     return Row(
-        values, fit.verdict, "", needs.program.resident_bytes, needed.peak_allocated_bytes,
+        values, fit.verdict, "", needed.resident_bytes, needed.peak_allocated_bytes,
         needed.required_bytes, needed.required_bytes + fit.outside.bytes, fit.low_bytes,
         fit.high_bytes, fit.total_bytes, fit.speed.step_s, fit.tokens_per_second,
         needed.interval.basis,

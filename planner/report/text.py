@@ -30,8 +30,8 @@ def fit_lines(
         *memory_lines(answer),
         *_moment_lines(answer),
         *_time_lines(answer, price_per_hour),
+        *note_lines(answer),
         *lever_lines(answer, levers),
-        *_note_lines(answer),
     ]
 
 
@@ -91,7 +91,7 @@ def lever_lines(answer: Estimate, levers: Sequence[Lever]) -> list[Line]:
             Line(f"  {lever.flags:<46} {saved:>11}  time {pace:>6}  "
                  f"{WORD[lever.verdict]}{flag}")
         )  # fmt: skip
-    return [*lines, Line()]
+    return lines
 
 
 def largest_lines(found: Largest) -> list[Line]:
@@ -178,8 +178,10 @@ def _time_lines(answer: Estimate, price_per_hour: float | None) -> list[Line]:
     return [*lines, Line()]
 
 
-def _note_lines(answer: Estimate) -> list[Line]:
-    return [Line(f"note: {note}", "dim") for note in answer.notes]
+def note_lines(answer: Estimate) -> list[Line]:
+    """What to know beside the figures."""
+    lines = [Line(f"note: {note}", "dim") for note in answer.notes]
+    return [*lines, Line()] if lines else []
 
 
 def _row(name: str, size: int, drawn: str) -> str:

@@ -44,6 +44,7 @@ def exact_estimate(spec: RunSpec) -> Estimate:
         device_required_bytes=required + modelled.non_torch_bytes,
         device_required_interval_bytes=(low, high),
         headroom_bytes=total - high,
+        peak_reserved_bytes=traced["reserved_bytes"],
         terms=_terms(traced, traced["peak_allocated_bytes"]),
         basis="traced",
     )

@@ -32,12 +32,22 @@ def run(arguments: list[str]) -> int:
         values["run"] = run_cost(answer, price)
         sys.stdout.write(json.dumps(values) + "\n")
     else:
-        from planner.levers import cheapest
         from planner.report.terminal import show
         from planner.report.text import fit_lines
 
-        show(fit_lines(answer, cheapest(answer), price))
+        show(fit_lines(answer, price_per_hour=price))
+        _show_levers(answer)
     return 1 if answer.verdict == "does_not_fit" else 0
+
+
+def _show_levers(answer: Estimate) -> None:
+    """After the verdict, which nobody should wait for: each lever is an answer of its own."""
+    from planner.levers import cheapest
+    from planner.report.terminal import show
+    from planner.report.text import lever_lines
+
+    sys.stdout.flush()
+    show(lever_lines(answer, cheapest(answer)))
 
 
 def _largest(spec: RunSpec, field: str, as_json: bool) -> int:

@@ -33,6 +33,7 @@ def run(arguments: list[str]) -> int:
     except InputError as error:
         raise InputError([*given.problems, *error.problems]) from None
     given.check()
+    device_of(spec)  # said before the first rung is evaluated
     rungs = climb(spec, default_rungs(spec) if listed is None else rungs_from(spec, listed))
     if given.json:
         sys.stdout.write(json.dumps([rung.as_dict() for rung in rungs]) + "\n")
