@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from planner.dtypes import DType
@@ -30,6 +31,11 @@ class Loaded:
     unquantized: frozenset[str] = frozenset()
     leaves: dict[str, Any] = field(default_factory=dict)
     _linears: dict[str, Linear] = field(default_factory=dict)
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Each module's place in the model's order."""
+        return {module.path: index for index, module in enumerate(self.tree.modules)}
 
     @property
     def quantized(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from planner.errors import InputError, Problem, UnsupportedError
@@ -128,10 +129,10 @@ def make_batch(recorder: Recorder, spec: RunSpec, model: Model) -> Batch:
 
 
 def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: list[Tensor]) -> StateBytes:
-    """Optimizer states of the parameters that get a gradient."""
+    """Optimizer states of the parameters that get a gradient, in the order they are made."""
     device: list[int] = []
     paged = 0
-    for leaf in leaves:
+    for leaf in sorted(leaves, key=partial(_group_order, loaded)):
         module = loaded.tree.by_path.get(leaf.name.removesuffix(".weight"))
         is_embedding = module is not None and module.kind == "embedding"
         for state in optimizer.states(leaf, is_embedding):
@@ -141,6 +142,17 @@ def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: list[Tensor]) -> S
             else:
                 device.append(nbytes)
     return StateBytes(sum(device), paged, tuple(device))
+
+
+def _group_order(loaded: Loaded, leaf: Tensor) -> tuple[bool, int, str]:
+    """Trainer's two parameter groups (norms and biases last, without decay), each in the model's
+    order."""
+    path, _, name = leaf.name.removesuffix(".weight").partition(".lora_")
+    if not name:
+        path = leaf.name.rpartition(".")[0]
+    module = loaded.tree.by_path[path]
+    plain = leaf.name.endswith("bias") or module.kind == "norm"
+    return plain, loaded.positions[path], leaf.name
 
 
 def _size(leaf: Tensor) -> int:

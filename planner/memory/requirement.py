@@ -25,6 +25,9 @@ from planner.memory.loading import Events
 from planner.memory.program import Program
 
 
+STEPS = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Reserve:
     """Bytes as torch's counters would say them, loading apart in the peaks.
@@ -52,21 +55,28 @@ def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -
     )  # fmt: skip
 
 
-def step_events(program: Program, workspace_bytes: int) -> Events:
-    """Two optimizer steps. A workspace comes with the first product of each thread: the forward's,
-    and autograd's; optimizer states with the first optimizer step."""
+def step_events(program: Program, workspace_bytes: int, steps: int = STEPS) -> Events:
+    """Optimizer steps in a row. A workspace comes with the first product of each thread: the
+    forward's, and autograd's; optimizer states in the first optimizer step, gradients still there.
+    """
     recorder = program.recorder
     sizes = [block.nbytes for block in recorder.blocks]
-    first = len(program.loading.events)  # ids of loading are below
-    second = first + len(sizes) + len(program.states.tensors) + 2
-    events: Events = [(second - 1, workspace_bytes)]
-    backward = next((i.event for i in recorder.instants if i.name == "loss"), 0)
-    events += _shifted(recorder.events[:backward], sizes, first)
-    events.append((second - 2, workspace_bytes))
-    events += _shifted(recorder.events[backward:], sizes, first)
-    states = first + len(sizes)
+    starts = {instant.name: instant.start for instant in reversed(recorder.instants)}
+    backward, optimizer = starts["backward"], starts["optimizer step"]
+    key = len(program.loading.events)  # ids of loading are below
+    events: Events = [(key, workspace_bytes)]
+    base = key + 2
+    events += _shifted(recorder.events[:backward], sizes, base)
+    events.append((key + 1, workspace_bytes))
+    events += _shifted(recorder.events[backward:optimizer], sizes, base)
+    states = base + len(sizes)
     events += [(states + index, size) for index, size in enumerate(program.states.tensors)]
-    return events + _shifted(recorder.events, sizes, second)
+    events += _shifted(recorder.events[optimizer:], sizes, base)
+    base = states + len(program.states.tensors)
+    for _ in range(steps - 1):
+        events += _shifted(recorder.events, sizes, base)
+        base += len(sizes)
+    return events
 
 
 def _shifted(events: list[int], sizes: list[int], base: int) -> Events:

@@ -61,11 +61,13 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A named stretch of the step: the most bytes live at once in it, and the event where."""
+    """A named stretch of the step: the most bytes live at once in it, the event where, and the
+    event at which it starts."""
 
     name: str
     peak_bytes: Any
     event: int
+    start: int
 
 
 class Recorder:
@@ -83,6 +85,7 @@ class Recorder:
         self._instant = "loaded"
         self._peak: Any = 0
         self._peak_event = 0
+        self._start = 0
 
     def allocate(
         self, shape: tuple[Any, ...], dtype: DType, op: str, category: str = "temporaries"
@@ -105,8 +108,9 @@ class Recorder:
 
     def enter(self, instant: str) -> None:
         """Close the current instant and open another."""
-        self.instants.append(Instant(self._instant, self._peak, self._peak_event))
+        self.instants.append(Instant(self._instant, self._peak, self._peak_event, self._start))
         self._instant = instant
+        self._start = len(self.events)
         self._peak = self.live_bytes
         self._peak_event = len(self.events)
 
