@@ -276,50 +276,6 @@ def minimum(a: Any, b: Any) -> Any:
     return a + (b - a) * (b < a)
 
 
-def sdpa_flash(t: Engine, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """scaled_dot_product_attention, flash kernel. q (B, h, S, d); k, v (B, h_kv, S, d).
-
-    Saves q, k, v, the output and an fp32 log-sum-exp. Backward (flash_attn/flash_api.cpp, mha_bwd):
-    an fp32 accumulator of dq, the row sums, dq, dk, dv; with grouped heads dk and dv are made for
-    every query head and summed.
-    """
-    q, k, v = t.lower(q), t.lower(k), t.lower(v)
-    batch, heads, length, dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    dtype, item = q.dtype, q.dtype.itemsize
-    flops = 4 * batch * heads * length * keys * dim // (2 if causal else 1)
-    out = t.new((batch, heads, length, dim), dtype, "attention")
-    out.contiguous = q.contiguous
-    lse = t.new((batch, heads, length), F32, "attention log-sum-exp")
-    seed = t.new((2,), INT64, "attention rng")
-    traffic = item * prod(q.shape) * 2 + item * prod(k.shape) * 2
-    t.count_matmul(flops, traffic, dtype)
-    needs = (q.requires_grad, k.requires_grad, v.requires_grad)
-    shapes, layouts = (q.shape, k.shape, v.shape), (q.contiguous, k.contiguous, v.contiguous)
-
-    def backward(g: Tensor) -> tuple[Tensor | None, ...]:
-        rounded = (length + 127) // 128 * 128
-        width = (dim + 31) // 32 * 32
-        t.count_matmul(flops * 5 // 2, 3 * traffic, dtype)
-        t.count(8 * batch * heads * rounded * width, 3)
-        dq = t.new(shapes[0], dtype, "attention (backward)")
-        dk = t.new(shapes[1], dtype, "attention (backward)")
-        dv = t.new(shapes[2], dtype, "attention (backward)")
-        row_sums = t.new((batch, heads, rounded), F32, "attention row sums (backward)")
-        accumulator = t.new((batch, heads, rounded, width), F32, "attention dq accumulator")
-        if kv_heads != heads:
-            expanded = [t.new((batch, heads, keys, dim), dtype, "attention (backward, per head)")
-                        for _ in range(2)]  # fmt: skip
-            del expanded
-        del row_sums, accumulator
-        grads = [dq, dk, dv]
-        for grad, layout in zip(grads, layouts, strict=True):
-            grad.contiguous = layout
-        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-    return t.record(out, (q, k, v), (q, k, v, out, lse, seed, seed), backward)
-
-
 def causal_lm_loss(t: Engine, logits: Tensor, labels: Tensor) -> Tensor:
     """ForCausalLMLoss (transformers/loss/loss_utils.py): fp32 logits, shifted labels, summed
     cross-entropy divided by the number of items."""

@@ -50,6 +50,7 @@ class Engine:
         self.work = Work()
         self.autocast_dtype: DType | None = None
         self.grad_enabled = True
+        self.training = True  # False in model.eval(): no dropout
         self._cast_cache: dict[int, Tensor] = {}
         self._seq = 0
         self._frame: Frame | None = None  # a checkpointed forward is running
@@ -64,6 +65,12 @@ class Engine:
     ) -> Tensor:
         """A fresh contiguous tensor."""
         return Tensor(self.recorder.allocate(shape, dtype, op, category), shape, dtype)
+
+    def like(self, x: Tensor, dtype: DType, op: str) -> Tensor:
+        """A fresh tensor of x's shape and memory order, as TensorIterator makes results."""
+        out = self.new(x.shape, dtype, op)
+        out.contiguous = x.contiguous
+        return out
 
     def count(self, traffic_bytes: Any, launches: int = 1) -> None:
         """Add memory-bound work."""
@@ -102,6 +109,7 @@ class Engine:
         if self._refill is not None:  # the graph of a recomputation is held, but never run
             if kept is not None:
                 self._refill_kept.append(kept)
+            output.node = _RECOMPUTED
             return output
         edges = tuple(
             ((t.node or t), t.shape, t.dtype) if t is not None and t.requires_grad else None
@@ -190,7 +198,9 @@ class Engine:
             grad = self.new(shape, grad.dtype, "sum (broadcast gradient)")
         if grad.dtype is not dtype:
             self.count(grad_bytes(grad))
+            layout = grad.contiguous
             grad = self.new(grad.shape, dtype, "to (gradient)")
+            grad.contiguous = layout
         return grad
 
     def accumulate_leaf(self, leaf: Tensor, grad: Tensor) -> None:
@@ -220,7 +230,7 @@ class Engine:
         if g.dtype is dtype:
             return g
         self.count(prod(g.shape) * (g.dtype.itemsize + dtype.itemsize))
-        return self.new(g.shape, dtype, "to (backward)")
+        return self.like(g, dtype, "to (backward)")
 
     def lower(self, x: Tensor) -> Tensor:
         """Autocast's cast of an argument of a lower-precision operation, cached for leaves."""
@@ -250,16 +260,28 @@ class Engine:
         return self.alias(x, shape, True)
 
     def alias(self, x: Tensor, shape: Shape, contiguous: bool) -> Tensor:
-        """A differentiable view: view, transpose, unsqueeze, expand without broadcast."""
+        """A differentiable view: view, unsqueeze, expand without broadcast. Its backward is
+        grad.reshape(source): a copy of a gradient in another memory order."""
         out = x.view(shape, contiguous)
         source = x.shape
-        return self.record(out, (x,), (), lambda g: (g.view(source),))
+
+        def backward(g: Tensor) -> tuple[Tensor]:
+            if not g.contiguous:
+                self.count(2 * grad_bytes(g))
+                g = self.new(g.shape, g.dtype, "reshape (backward)")
+            return (g.view(source),)
+
+        return self.record(out, (x,), (), backward)
 
     def transpose(self, x: Tensor, first: int, second: int) -> Tensor:
         """x.transpose(first, second): the contiguous flag flips with the layout."""
         dims = list(x.shape)
         dims[first], dims[second] = dims[second], dims[first]
-        return self.alias(x, tuple(dims), not x.contiguous)
+        flips = not (_is_one(dims[first]) or _is_one(dims[second]))
+        out, source = x.view(tuple(dims), x.contiguous is not flips), x.shape
+        return self.record(
+            out, (x,), (), lambda g: (g.view(source, g.contiguous is not flips),)
+        )
 
     def clone(self, x: Tensor, op: str = "clone") -> Tensor:
         """x.clone() or x.contiguous() of a non-contiguous x."""
@@ -273,7 +295,7 @@ class Engine:
 
     def slice_last(self, x: Tensor, size: Any) -> Tensor:
         """x[..., a:b] of the last dimension: a view; its backward fills zeros of the whole."""
-        out = x.view((*x.shape[:-1], size), False)
+        out = x.view((*x.shape[:-1], size))
         whole, dtype = x.shape, x.dtype
 
         def backward(g: Tensor) -> tuple[Tensor]:
@@ -281,6 +303,28 @@ class Engine:
             return (self.new(whole, dtype, "slice_backward"),)
 
         return self.record(out, (x,), (), backward)
+
+    def chunk(self, x: Tensor, parts: int) -> list[Tensor]:
+        """x.chunk(parts, -1): views; their gradients are put together by one cat."""
+        shape, dtype = x.shape, x.dtype
+        size = shape[-1] // parts
+        grads: list[Tensor] = []
+
+        def join(_: Tensor) -> tuple[Tensor]:
+            self.count(2 * prod(shape) * dtype.itemsize)
+            whole = self.new(shape, dtype, "cat (backward)")
+            grads.clear()
+            return (whole,)
+
+        def collect(g: Tensor) -> tuple[Tensor | None]:
+            grads.append(g)
+            return (token if len(grads) == parts else None,)
+
+        base = self.record(x.view(shape), (x,), (), join)
+        token = Tensor(None, shape, dtype)
+        return [
+            self.record(x.view((*shape[:-1], size)), (base,), (), collect) for _ in range(parts)
+        ]
 
     def cat(self, parts: Sequence[Tensor], shape: Shape) -> Tensor:
         """torch.cat: one copy; backward gives views."""
@@ -308,7 +352,7 @@ class Engine:
         def backward(g: Tensor) -> tuple[Tensor]:
             self.count((2 + 2 * temporaries) * prod(shape) * dtype.itemsize, launches_backward)
             held = [self.new(shape, dtype, name) for _ in range(temporaries)]
-            result = self.new(shape, dtype, name)
+            result = self.like(g, dtype, name)
             del held
             return (result,)
 
@@ -338,17 +382,17 @@ class Engine:
         size = prod(shape)
         self.count(size * (a.dtype.itemsize + b.dtype.itemsize + dtype.itemsize))
         out = self.new(shape, dtype, op)
-        out.contiguous = a.contiguous
+        out.contiguous = (a if len(a.shape) >= len(b.shape) else b).contiguous
         need_a, need_b = a.requires_grad, b.requires_grad
 
         def backward(g: Tensor) -> tuple[Tensor | None, Tensor | None]:
             grad_b = grad_a = None
             if need_b:
                 self.count(3 * size * dtype.itemsize)
-                grad_b = self.new(shape, dtype, "mul (backward)")
+                grad_b = self.like(g, dtype, "mul (backward)")
             if need_a:
                 self.count(3 * size * dtype.itemsize)
-                grad_a = self.new(shape, dtype, "mul (backward)")
+                grad_a = self.like(g, dtype, "mul (backward)")
             return grad_a, grad_b
 
         return self.record(out, (a, b), (b if need_a else None, a if need_b else None), backward)
@@ -392,8 +436,12 @@ class Engine:
         shape, dtype = x.shape, x.dtype
 
         def backward(g: Tensor) -> tuple[Tensor]:
-            self.count(4 * prod(shape) * dtype.itemsize, 3)
-            return (self.new(shape, dtype, "rsqrt (backward)"),)
+            # derivatives.yaml: -0.5 * grad * result.pow(3)
+            self.count(7 * prod(shape) * dtype.itemsize, 3)
+            scaled, cube = (self.new(shape, dtype, "rsqrt (backward)") for _ in range(2))
+            result = self.new(shape, dtype, "rsqrt (backward)")
+            del scaled, cube
+            return (result,)
 
         return self.record(out, (x,), (out,), backward)
 
@@ -428,6 +476,9 @@ class Engine:
             return (self.new(shape, dtype, "dropout (backward)"),)
 
         return self.record(out, (x,), (mask,), backward)
+
+
+_RECOMPUTED = Node(0, "", (), (), lambda g: ())  # tells results of a recomputation from leaves
 
 
 def grad_bytes(x: Tensor) -> Any:

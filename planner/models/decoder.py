@@ -28,6 +28,7 @@ class DecoderGeometry:
     fused_projections: Phi-3's qkv_proj and gate_up_proj. embedding_scale: Gemma multiplies the
     embeddings by sqrt(hidden_size). attention_scalar: the scores are divided by its square root.
     layer_types: one entry a layer; sliding layers see `sliding_window` tokens back.
+    rotary_by_layer_type: Gemma 3 has a rotary table for each kind of layer.
     """
 
     model_type: str
@@ -62,6 +63,7 @@ class DecoderGeometry:
     embd_pdrop: float = 0.0
     rope_theta: float = 10_000.0
     partial_rotary_factor: float = 1.0
+    rotary_by_layer_type: bool = False
 
     @property
     def text(self) -> DecoderGeometry:

@@ -10,15 +10,18 @@ from functools import partial
 from typing import Any
 
 from planner.dtypes import DType
+from planner.memory import attention as attention_ops
 from planner.memory import layers as nn
 from planner.memory.loaded import Loaded
 from planner.memory.ops import F32, Engine
+from planner.memory.sizes import decide
 from planner.memory.step import Batch
 from planner.memory.tensor import Tensor
-from planner.models.decoder import DecoderGeometry
+from planner.models.decoder import SLIDING, Attention, DecoderGeometry
 
-INT64, BOOL = DType.INT64, DType.BOOL
+INT64 = DType.INT64
 Rotary = tuple[Tensor, Tensor]  # cos and sin
+Masks = dict[Attention, Tensor | None]
 
 
 class Decoder:
@@ -29,7 +32,7 @@ class Decoder:
         self.loaded = loaded
         self.g = geometry
         self.prefix = prefix
-        self.mask: Tensor | None = None
+        self.rows: tuple[Any, Any] = (0, 0)  # batch and sequence
 
     def embed(self, ids: Tensor) -> Tensor:
         """embed_tokens, with the hook of enable_input_require_grads under checkpointing."""
@@ -42,24 +45,32 @@ class Decoder:
             out.requires_grad = self.t.grad_enabled
         return out
 
-    def layers(self, hidden: Tensor) -> Tensor:
-        """All decoder layers and the last norm. hidden: (B, S, D)."""
-        t = self.t
-        rotary = self._positions(hidden)
-        for index in range(self.g.num_hidden_layers):
+    def layers(self, hidden: Tensor, masks: Masks | None = None) -> Tensor:
+        """All decoder layers and the last norm. hidden: (B, S, D); masks: of a family that makes
+        its own."""
+        t, kinds = self.t, self.g.layer_types
+        self.rows = hidden.shape[0], hidden.shape[1]
+        masks = masks or {kind: self._mask(kind, hidden) for kind in dict.fromkeys(kinds)}
+        if self.g.rotary_by_layer_type:
+            rotary = {kind: self._positions(hidden) for kind in dict.fromkeys(kinds)}
+        else:
+            rotary = dict.fromkeys(kinds, self._positions(hidden))
+        for index, kind in enumerate(kinds):
             prefix = f"{self.prefix}layers.{index}."
+            layer = partial(self.layer, prefix, masks[kind], rotary[kind])
             if self.loaded.spec.gradient_checkpointing:
-                hidden = t.checkpoint(partial(self.layer, prefix, rotary), hidden)
+                hidden = t.checkpoint(layer, hidden)
             else:
-                hidden = self.layer(prefix, rotary, hidden)
+                hidden = layer(hidden)
         return self.norm(f"{self.prefix}norm", hidden)
 
-    def layer(self, prefix: str, rotary: Rotary, hidden: Tensor) -> Tensor:
-        """One decoder layer."""
+    def layer(self, prefix: str, mask: Tensor | None, rotary: Rotary, hidden: Tensor) -> Tensor:
+        """One decoder layer. `_weights`: eager attention hands its scores back, and the layer holds
+        them (under the name _) until it returns."""
         t, g = self.t, self.g
         residual = hidden
         if g.swin_norm:
-            hidden = self.attention(prefix, rotary, hidden)
+            hidden, _weights = self.attention(prefix, mask, rotary, hidden)
             hidden = self.norm(f"{prefix}input_layernorm", hidden)
             hidden = t.add(residual, hidden)
             residual = hidden
@@ -67,7 +78,7 @@ class Decoder:
             hidden = self.norm(f"{prefix}post_attention_layernorm", hidden)
             return t.add(residual, hidden)
         hidden = self.norm(f"{prefix}input_layernorm", hidden)
-        hidden = self.attention(prefix, rotary, hidden)
+        hidden, _weights = self.attention(prefix, mask, rotary, hidden)
         if g.sandwich_norms:
             hidden = self.norm(f"{prefix}post_attention_layernorm", hidden)
         hidden = t.add(residual, hidden, "add (residual)")
@@ -91,8 +102,7 @@ class Decoder:
         t, path = self.t, f"{prefix}mlp."
         if self.g.fused_projections:
             both = nn.linear(t, self.loaded.linear(f"{path}gate_up_proj"), x)
-            gate = t.slice_last(both, self.g.intermediate_size)
-            up = t.slice_last(both, self.g.intermediate_size)
+            gate, up = t.chunk(both, 2)
             up = self._product(path, up, self._activate(path, gate))
             return nn.linear(t, self.loaded.linear(f"{path}down_proj"), up)
         gate = self._activate(path, nn.linear(t, self.loaded.linear(f"{path}gate_proj"), x))
@@ -109,56 +119,71 @@ class Decoder:
         with self.t.recorder.scope(path.rstrip(".")):
             return self.t.mul(a, b)
 
-    def attention(self, prefix: str, rotary: Rotary, hidden: Tensor) -> Tensor:
-        """Projections, query-key norm, rotary positions, the attention kernel, o_proj."""
+    def attention(
+        self, prefix: str, mask: Tensor | None, rotary: Rotary, hidden: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Projections, query-key norm, rotary positions, the attention kernel, o_proj: the output
+        and, of eager attention, the weights."""
         t, g, path = self.t, self.g, f"{prefix}self_attn."
         batch, length, _ = hidden.shape
         q, k, v = self._project(path, hidden)
         with t.recorder.scope(path.rstrip(".")):
-            q = self._heads(path, "q_norm", q, batch, length, g.num_attention_heads)
-            k = self._heads(path, "k_norm", k, batch, length, g.num_key_value_heads)
-            v = self._heads(path, "", v, batch, length, g.num_key_value_heads)
             q, k = self._rotate(q, k, rotary)
-            out = self._attend(q, k, v)
-            out = t.contiguous(t.transpose(out, 1, 2))
+            out, weights = self._attend(q, k, v, mask)
             out = t.reshape(out, (batch, length, g.attention_width))
-        return nn.linear(t, self.loaded.linear(f"{path}o_proj"), out)
+        return nn.linear(t, self.loaded.linear(f"{path}o_proj"), out), weights
 
     def _project(self, path: str, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, h, S, d), k and v (B, k, S, d), with the query-key norm where the family has one:
+        Qwen 3 between view and transpose, Gemma 3 after them, Chameleon after all projections."""
         t, g = self.t, self.g
+        heads = (g.num_attention_heads, g.num_key_value_heads, g.num_key_value_heads)
+        names, norms = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm", "")
+        if g.qk_norm == "chameleon":
+            made = [nn.linear(t, self.loaded.linear(path + name), hidden) for name in names]
+            normed = [self._grouped_norm(path, norms[i], made[i], heads[i]) for i in range(2)]
+            q, k, v = (self._heads(x, n) for x, n in zip((*normed, made[2]), heads, strict=True))
+            return q, k, v
         if g.fused_projections:
             both = nn.linear(t, self.loaded.linear(f"{path}qkv_proj"), hidden)
-            widths = (g.attention_width, g.key_value_width, g.key_value_width)
-            q, k, v = (t.slice_last(both, width) for width in widths)
+            parts = [t.slice_last(both, number * g.head_dim) for number in heads]
+            q, k, v = (self._heads(x, n) for x, n in zip(parts, heads, strict=True))
             return q, k, v
+        early = g.qk_norm == "rms" and g.norm == "rms"
         q, k, v = (
-            nn.linear(t, self.loaded.linear(f"{path}{name}"), hidden)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+            self._heads(
+                nn.linear(t, self.loaded.linear(path + name), hidden), number,
+                path + norm if early and norm else "",
+            )
+            for name, number, norm in zip(names, heads, norms, strict=True)
+        )  # fmt: skip
+        if g.qk_norm == "rms" and not early:
+            q, k = self.norm(f"{path}q_norm", q), self.norm(f"{path}k_norm", k)
         return q, k, v
 
-    def _heads(
-        self, path: str, norm: str, x: Tensor, batch: Any, length: Any, heads: int
-    ) -> Tensor:
-        """(B, S, h·d) -> (B, h, S, d), with the query-key norm where the family has one."""
-        t, g = self.t, self.g
-        shape = (batch, length, heads, g.head_dim)
-        if g.qk_norm == "chameleon" and norm:
-            flat = t.reshape(x, (batch * length, heads, g.head_dim))
-            weight = self.loaded.parameter(path + norm)
-            bias = self.loaded.parameter(path + norm, "bias")
-            flat = nn.layer_norm(t, flat)
-            flat = t.add(t.mul(flat, weight), bias)
-            return t.transpose(t.reshape(flat, shape), 1, 2)
-        x = t.alias(x, shape, x.contiguous)
-        if g.qk_norm == "rms" and norm:
-            rule = nn.gemma_rms_norm if g.norm == "gemma_rms" else nn.rms_norm
-            x = rule(t, self.loaded.parameter(path + norm), x)
+    def _grouped_norm(self, path: str, name: str, x: Tensor, heads: int) -> Tensor:
+        """ChameleonLayerNorm over each head, with a weight and a bias a head."""
+        t, path = self.t, path + name
+        batch, length, _ = x.shape
+        with t.recorder.scope(path):
+            x = t.reshape(x, (batch * length, heads, self.g.head_dim))
+            x = nn.layer_norm(t, x)
+            x = t.mul(x, self.loaded.parameter(path))
+            return t.add(x, self.loaded.parameter(path, "bias"))
+
+    def _heads(self, x: Tensor, heads: int, norm: str = "") -> Tensor:
+        """(B, S, h·d), or Chameleon's (B·S, h, d), to (B, h, S, d)."""
+        t = self.t
+        batch, length = self.rows
+        x = t.alias(x, (batch, length, heads, self.g.head_dim), x.contiguous)
+        if norm:
+            x = self.norm(norm, x)
         return t.transpose(x, 1, 2)
 
     def _positions(self, hidden: Tensor) -> Rotary:
         """rotary_emb: cos and sin of (1, S, d) in the hidden states' dtype, computed in fp32."""
-        t, d, length = self.t, self.g.head_dim, hidden.shape[1]
+        t, length = self.t, hidden.shape[1]
+        d = int(self.g.head_dim * self.g.partial_rotary_factor)
         with t.recorder.scope(f"{self.prefix}rotary_emb"):
             position = t.new((1, length), INT64, "arange")
             as_float = t.new((1, 1, length), F32, "to")
@@ -170,13 +195,21 @@ class Decoder:
             return t.to(cos, hidden.dtype), t.to(sin, hidden.dtype)
 
     def _rotate(self, q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """apply_rotary_pos_emb: q * cos + rotate_half(q) * sin, and for k."""
+        """apply_rotary_pos_emb: q * cos + rotate_half(q) * sin, and for k. Phi-3 turns the first
+        columns of each head and joins the rest again, also where nothing is left."""
+        t = self.t
         cos, sin = (part.view((1, *part.shape)) for part in rotary)
-        q_out = self._rotated(q, cos, sin)
-        k_out = self._rotated(k, cos, sin)
-        return q_out, k_out
+        if not self.g.fused_projections:
+            q_out = self._turned(q, cos, sin)
+            return q_out, self._turned(k, cos, sin)
+        width, turning = q.shape[-1], cos.shape[-1]
+        halves = [(t.slice_last(x, turning), t.slice_last(x, width - turning)) for x in (q, k)]
+        (q_rot, q_pass), (k_rot, k_pass) = halves
+        del halves
+        q_out = t.cat((self._turned(q_rot, cos, sin), q_pass), q.shape)
+        return q_out, t.cat((self._turned(k_rot, cos, sin), k_pass), k.shape)
 
-    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         t = self.t
         scaled = t.mul(x, cos)
         half = x.shape[-1] // 2
@@ -187,8 +220,32 @@ class Decoder:
         turned = t.mul(turned, sin)
         return t.add(scaled, turned)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return nn.sdpa_flash(self.t, q, k, v)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention interface of the spec: output (B, S, h, d), and weights where eager."""
+        t, g = self.t, self.g
+        if self.loaded.spec.attention == "eager":
+            dropout = g.attention_dropout if t.training else 0.0
+            return attention_ops.eager(t, q, k, v, mask, dropout, g.attn_logit_softcapping)
+        if self.loaded.spec.attention == "flash_attention_2":
+            out = attention_ops.flash_attention_2(t, q, k, v, not g.bidirectional)
+        else:
+            out = attention_ops.sdpa(t, q, k, v, mask, not g.bidirectional)
+        return t.contiguous(t.transpose(out, 1, 2)), None
+
+    def _mask(self, kind: Attention, hidden: Tensor) -> Tensor | None:
+        """create_causal_mask or create_sliding_window_causal_mask, where nothing is padded: eager
+        attention always has one, sdpa only where the window is shorter than the sequence."""
+        batch, length, _ = hidden.shape
+        if self.loaded.spec.attention == "flash_attention_2":
+            return None
+        window = self.g.sliding_window if kind == SLIDING else None
+        if self.loaded.spec.attention == "eager":
+            return attention_ops.eager_mask(self.t, batch, length, hidden.dtype, window is not None)
+        if window is None or not decide(length >= window):
+            return None
+        return attention_ops.bool_mask(self.t, batch, length, window=True)
 
 
 def causal_forward(

@@ -49,11 +49,11 @@ def decoder(reader: Reader, nested: bool = False) -> DecoderGeometry:
         norm="gemma_rms",
         qk_norm="rms",
         sandwich_norms=True,
+        rotary_by_layer_type=True,
         embedding_scale=True,
         qkv_bias=bias,
         output_bias=bias,
         attention_scalar=reader.number("query_pre_attn_scalar", 256.0),
-        attn_logit_softcapping=reader.optional_number("attn_logit_softcapping"),
         final_logit_softcapping=reader.optional_number("final_logit_softcapping"),
         bidirectional=reader.flag("use_bidirectional_attention", False),
     )
