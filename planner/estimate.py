@@ -23,6 +23,7 @@ from planner.throughput.model import StepTime, step_time
 from planner.verdict import Verdict, verdict
 
 Basis = Literal["measured", "calibrated", "traced", "analytic"]
+MOST_TOKENS = 1 << 31  # of one forward: beyond any machine, and where 32-bit indices end
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +259,14 @@ def device_of(spec: RunSpec) -> Device:
 
 def check(spec: RunSpec, model: Model) -> None:
     """What the spec asks must be possible for the model."""
+    for name in ("micro_batch_size", "evaluation_batch_size"):
+        tokens = getattr(spec, name) * spec.sequence_length
+        if tokens > MOST_TOKENS:
+            message = (f"x sequence_length {spec.sequence_length} is {tokens:,} tokens in one "
+                       "forward")  # fmt: skip
+            raise InputError(
+                Problem(name, message, getattr(spec, name), f"at most {MOST_TOKENS:,} tokens")
+            )
     if not spec.images_per_sample:
         return
     per_image = model.image_tokens(spec.image_size)
@@ -282,6 +291,11 @@ def notes(
     told = []
     if not model.verified:
         told.append(f"{model.id}: its config could not be read at a source ({model.note})")
+    positions = model.text.max_position_embeddings
+    if spec.sequence_length > positions:
+        told.append(
+            f"sequence_length {spec.sequence_length} is beyond the model's {positions} positions"
+        )
     if spec.precision == "bf16" and not device.supports_bf16:
         told.append(f"{device.label} has no bf16 units: use precision fp16")
     if spec.attention == "flash_attention_2" and not device.supports_flash_attention_2:
