@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from probes.dry import values
 from probes.dry.attention import attend
+from probes.dry.kernels import RmsNorm
 
 # AT_FORALL_LOWER_PRECISION_FP
 LOWER = frozenset(
@@ -25,7 +26,7 @@ LOWER = frozenset(
 # AT_FORALL_FP32
 FLOAT32 = frozenset(
     "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ "
-    "softplus layer_norm native_layer_norm group_norm frobenius_norm nuclear_norm "
+    "softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm "
     "cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d nll_loss_nd "
     "hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss "
     "multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss "
@@ -35,7 +36,9 @@ FLOAT32 = frozenset(
     "upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa".split()
 )
 # AT_FORALL_FP32_SET_OPT_DTYPE: the kernel reads 16 bits and writes fp32
-SET_DTYPE = frozenset("prod softmax log_softmax cumprod cumsum vector_norm matrix_norm sum norm".split())
+SET_DTYPE = frozenset(
+    "prod softmax log_softmax cumprod cumsum vector_norm matrix_norm sum norm".split()
+)
 # AT_FORALL_PROMOTE
 PROMOTE = frozenset(
     "addcdiv addcmul atan2 bilinear cross dot vdot grid_sample index_put tensordot "
@@ -73,6 +76,8 @@ class CudaSemantics(TorchFunctionMode):
             args, kwargs = self._autocast(name, args, kwargs)
         if name == "scaled_dot_product_attention":
             return attend(self.recorder, *args, **kwargs)
+        if name == "rms_norm" and type(func) is not types.FunctionType:
+            return _rms_norm(*args, **kwargs)
         if name in ("softmax", "log_softmax") and type(func) is not types.FunctionType:
             return _softmax(func, name, *args, **kwargs)
         if isinstance(func, types.FunctionType) and func not in self._running:
@@ -135,7 +140,7 @@ class CudaSemantics(TorchFunctionMode):
     def _cast(self, args: tuple, kwargs: dict, dtype: torch.dtype | None) -> tuple[tuple, dict]:
         assert dtype is not None
         cast = pytree.tree_map_only(torch.Tensor, lambda x: self._cached(x, dtype), (args, kwargs))
-        return cast  # type: ignore[no-any-return]
+        return cast
 
     def _cached(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`cached_cast`: only a trainable fp32 leaf's 16-bit copy is kept until the region ends."""
@@ -151,7 +156,9 @@ class CudaSemantics(TorchFunctionMode):
             self._cache[id(x)] = (x, x.to(dtype))
         return self._cache[id(x)][1]
 
-    def _dropout(self, func: Any, x: Any, p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> Any:
+    def _dropout(
+        self, func: Any, x: Any, p: float = 0.5, training: bool = True, *_: Any, **__: Any
+    ) -> Any:
         if not training or p == 0 or p == 1:
             return func(x, p, training)
         return torch.ops.aten.native_dropout(x, p, True)[0]
@@ -173,10 +180,20 @@ def _eligible(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype is not torch.float64
 
 
-def _softmax(func: Any, name: str, x: Any, dim: Any = None, dtype: Any = None, **kwargs: Any) -> Any:
+def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+    return RmsNorm.apply(x, tuple(normalized_shape), weight)
+
+
+def _softmax(
+    func: Any, name: str, x: Any, dim: Any = None, dtype: Any = None, **kwargs: Any
+) -> Any:
     dtype = kwargs.pop("dtype", dtype)
     kwargs.pop("_stacklevel", None)
-    if dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and isinstance(dim, int):
+    if (
+        dtype is torch.float32
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and isinstance(dim, int)
+    ):
         fused = getattr(torch.ops.aten, f"_{name}")  # half_to_float: no fp32 copy of the input
         return fused(x, dim, True)
     return func(x, dim, dtype=dtype, **kwargs)

@@ -53,7 +53,7 @@ def _image(spec: RunSpec, config: PretrainedConfig, model: PreTrainedModel) -> I
 
 
 @torch.no_grad()
-def _asked(spec: RunSpec, config: PretrainedConfig, model: PreTrainedModel) -> Images:
+def _asked(spec: RunSpec, config: PretrainedConfig, model: Any) -> Images:
     """An image of a model that the probes do not know: one square of pixels, as many placeholder
     tokens as the model's own `get_image_features` gives. Raises UnsupportedError."""
     vision: Any = getattr(config, "vision_config", None)

@@ -66,9 +66,7 @@ def _output(given: Arguments, name: str, suffixes: tuple[str, ...]) -> Path | No
         return None
     path = Path(text)
     if path.suffix not in suffixes:
-        raise InputError(
-            Problem(f"--{name}", "has an unknown ending", text, ", ".join(suffixes))
-        )
+        raise InputError(Problem(f"--{name}", "has an unknown ending", text, ", ".join(suffixes)))
     if not path.absolute().parent.is_dir():
         raise InputError(Problem(f"--{name}", "is in no folder that exists", text))
     return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -109,7 +108,7 @@ def _maybe_autocast(
 
 
 @contextmanager
-def _code(function: FunctionType, replacement: FunctionType) -> Iterator[None]:
+def _code(function: Any, replacement: Any) -> Iterator[None]:
     """Modelling files import the function by name, so its code is what has to change."""
     before = function.__code__
     function.__code__ = replacement.__code__
@@ -147,5 +146,3 @@ def _varlen(
     """flash_attn_varlen_func on packed rows [T, H, D]: one sequence has the same buffers."""
     kwargs = {key: kwargs[key] for key in ("dropout_p", "softmax_scale", "causal") if key in kwargs}
     return _flash(q[None], k[None], v[None], **kwargs)[0]
-
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Int8Params, Params4bit
+from bitsandbytes.nn.modules import Int8Params, Params4bit
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 

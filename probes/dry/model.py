@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -82,7 +82,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    raise InputError(Problem("model", "transformers has no class that trains it", config.model_type))
+    raise InputError(
+        Problem("model", "transformers has no class that trains it", config.model_type)
+    )
 
 
 def build(spec: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
@@ -112,10 +114,10 @@ def quantize(model: PreTrainedModel, spec: RunSpec) -> None:
             _pack_8bit(module)
         if isinstance(module, (Linear4bit, Linear8bitLt)) and module.bias is not None:
             module.bias.data = module.bias.data.to(DTYPES[spec.weights_dtype])
+    marks = {"is_quantized": True, "quantization_method": settings.quant_method}
     name = "is_loaded_in_8bit" if spec.quantization == "int8" else "is_loaded_in_4bit"
-    setattr(model, name, True)
-    model.is_quantized = True
-    model.quantization_method = settings.quant_method
+    for mark, value in {**marks, name: True}.items():
+        setattr(model, mark, value)
 
 
 def quantization_config(spec: RunSpec) -> BitsAndBytesConfig:
@@ -129,7 +131,9 @@ def quantization_config(spec: RunSpec) -> BitsAndBytesConfig:
     )  # fmt: skip
 
 
-def adapt(model: PreTrainedModel, spec: RunSpec, empty_cache: Callable[[], None]) -> torch.nn.Module:
+def adapt(
+    model: PreTrainedModel, spec: RunSpec, empty_cache: Callable[[], None]
+) -> torch.nn.Module:
     """`prepare_model_for_kbit_training` where quantised, then the adapter; or all of it trainable."""
     if spec.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -138,7 +142,7 @@ def adapt(model: PreTrainedModel, spec: RunSpec, empty_cache: Callable[[], None]
         return model
     targets = spec.lora.target_modules
     settings = LoraConfig(
-        r=spec.lora.rank, lora_alpha=spec.lora.alpha, lora_dropout=spec.lora.dropout, bias="none",
+        r=spec.lora.rank, lora_alpha=spec.lora.alpha,  # type: ignore[arg-type] lora_dropout=spec.lora.dropout, bias="none",
         task_type="CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else list(targets),
     )  # fmt: skip
@@ -165,10 +169,10 @@ def _pack_4bit(module: Linear4bit, spec: RunSpec) -> None:
         code=_meta(16, torch.float32), blocksize=64, quant_type=spec.quantization,
         dtype=DTYPES[spec.weights_dtype],
     )  # fmt: skip
-    if doubled:
+    if doubled:  # the 8-bit map is copied to the device for each weight (`quantize_blockwise`)
         state.nested, state.offset = True, torch.empty((), device="meta")
         state.state2 = QuantState(
-            absmax=_meta(-(-blocks // 256), torch.float32), code=_dynamic_map(), blocksize=256,
+            absmax=_meta(-(-blocks // 256), torch.float32), code=_meta(256, torch.float32), blocksize=256,
             dtype=torch.float32,
         )  # fmt: skip
     packed = torch.empty(((shape.numel() + 1) // 2, 1), dtype=torch.uint8, device="meta")
@@ -187,14 +191,6 @@ def _pack_8bit(module: Linear8bitLt) -> None:
     module.weight = Int8Params(
         codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
     )
-
-
-_maps: dict[str, torch.Tensor] = {}
-
-
-def _dynamic_map() -> torch.Tensor:
-    """bitsandbytes keeps one 8-bit map a device (functional.name2qmap)."""
-    return _maps.setdefault("dynamic", _meta(256, torch.float32))
 
 
 def _meta(count: int, dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from bitsandbytes.optim import GlobalOptimManager
+from bitsandbytes.optim.optimizer import GlobalOptimManager
 from transformers import Trainer, TrainingArguments
 
 from planner.errors import InputError, Problem

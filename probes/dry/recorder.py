@@ -6,6 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Recorder(TorchDispatchMode):
         if size_bytes == 0:
             return
         event = self._event("alloc", size_bytes, func, tensor)
-        reference = weakref.ref(storage, lambda _, key=key: self._freed(key))
+        reference = weakref.ref(storage, partial(self._gone, key))
         self._live[key] = (event.storage_id, event, reference)
         self.events.append(event)
 
@@ -153,7 +154,7 @@ class Recorder(TorchDispatchMode):
             shape, dtype, self.category, self.step, self.section,
         )  # fmt: skip
 
-    def _freed(self, key: int) -> None:
+    def _gone(self, key: int, _: object) -> None:
         _, event, _ = self._live.pop(key)
         self.events.append(self._release(event))
 

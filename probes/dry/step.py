@@ -23,7 +23,7 @@ class StockStep:
     """Holds between steps what the Trainer holds: batches, the last loss, the gradient scale."""
 
     spec: RunSpec
-    model: torch.nn.Module
+    model: Any
     optimizer: torch.optim.Optimizer
     recorder: Recorder
     semantics: CudaSemantics
@@ -39,14 +39,16 @@ class StockStep:
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={
-                    "use_reentrant": False, "context_fn": self._checkpoint_contexts,
+                    "use_reentrant": False,
+                    "context_fn": self._checkpoint_contexts,
                 }  # fmt: skip
             )
 
     def run(self) -> None:
-        """One optimizer step: `gradient_accumulation_steps` micro batches, clip, update, zero."""
+        """One optimizer step: the micro batches, clip, update, zero. All batches are held, but of
+        an accumulation the first two are traced: from the second on they repeat exactly."""
         self._fetch()
-        for inputs in self._held["batches"]:
+        for inputs in self._held["batches"][:2]:
             self._held["inputs"] = inputs
             loss = self._micro_step(inputs)
             self._held["total"] += loss
@@ -109,7 +111,7 @@ class StockStep:
         if self._dtype is None:
             return forward
         converted = convert_outputs_to_fp32(forward)
-        return converted  # type: ignore[no-any-return]
+        return converted
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
         return nullcontext(), Recomputation(self)

@@ -50,7 +50,9 @@ def _heuristic(props: tuple[int, int, int]) -> Callable[..., Any]:
     path = Path(spec.origin).parent / "backends" / "cuda" / "ops.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     wanted = "_gemm_4bit_use_custom_cuda"
-    body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == wanted]
+    body: list[ast.stmt] = [
+        n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == wanted
+    ]
     scope: dict[str, Any] = {
         "functools": functools, "torch": torch, "_GEMM_4BIT_CUSTOM_FLOOR_M": 4,
         "_gpu_dispatch_props": lambda index: props,

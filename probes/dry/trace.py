@@ -23,6 +23,7 @@ from probes.dry.scope import Scope
 from probes.dry.step import StockStep
 from probes.dry.target import Target
 
+
 def trace(
     spec: RunSpec, *, layers: int | None = None, config: PretrainedConfig | None = None,
     steps: int = 2, target: Target | None = None,

@@ -111,7 +111,10 @@ def _small_factory(func: Any, args: tuple) -> bool:
 def _on_meta(func: Any, args: tuple, kwargs: dict[str, Any], value: torch.Tensor) -> torch.Tensor:
     try:
         return func(*args, **kwargs)
-    except (NotImplementedError, RuntimeError):  # the result's shape depends on values: take it from them
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # the result's shape depends on values: take it from them
         return torch.empty_like(value, device="meta")
 
 

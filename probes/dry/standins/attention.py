@@ -78,7 +78,7 @@ def efficient_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, 
         size = batch * heads * length * depth * 4
         made.append(recorder.begin("efficient_attention_backward", size))
     wants_bias = bias is not None and args[10][3]
-    results = [_like_bshd(x) for x in (query, key, value)]
+    results: list[torch.Tensor | None] = [_like_bshd(x) for x in (query, key, value)]
     results.append(torch.empty_like(bias) if wants_bias else None)
     for x in results:
         if x is not None:

@@ -63,8 +63,6 @@ def _scaled_mm(
     return output
 
 
-@stands_for(
-    "bitsandbytes::optimizer_update_8bit_blockwise", "bitsandbytes::optimizer_update_32bit"
-)
+@stands_for("bitsandbytes::optimizer_update_8bit_blockwise", "bitsandbytes::optimizer_update_32bit")
 def optimizer_update(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """In place, without buffers."""

@@ -4,6 +4,7 @@ card reported, and properties that hold for any sequence."""
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -117,7 +118,7 @@ def test_any_stream_keeps_the_books(stream: list[tuple[int, int]], expandable: b
         else:
             allocator.free(held.pop(key)[0])  # type: ignore[arg-type]
         spans = sorted((b.address, b.address + b.size) for b, _ in held.values())  # type: ignore[attr-defined]
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))  # no overlap
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))  # no overlap
         assert all(b.size >= size for b, size in held.values())  # type: ignore[attr-defined]
         assert allocator.allocated_bytes == sum(b.size for b, _ in held.values())  # type: ignore[attr-defined]
         assert allocator.allocated_bytes <= allocator.reserved_bytes
