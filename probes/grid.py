@@ -32,6 +32,7 @@ class Point:
     spec: RunSpec
     options: Options
     priority: int = 0
+    campaign: str = "probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,14 @@ def read_campaign(source: str, overrides: Mapping[str, Any]) -> Campaign:
         raise InputError(Problem("grids", "is not a list of tables", blocks))
     points: dict[str, Point] = {}
     for block in blocks:
-        for point in _points(_merged(common, block), overrides):
+        for point in _points(_merged(common, block), overrides, name):
             points.setdefault(point.key, point)
     if not points:
         raise InputError(Problem("grid", "asks for no probe", source))
     return Campaign(name, tuple(points.values()), order == "file")
 
 
-def _points(block: dict[str, Any], overrides: Mapping[str, Any]) -> Iterator[Point]:
+def _points(block: dict[str, Any], overrides: Mapping[str, Any], name: str) -> Iterator[Point]:
     block.pop("about", None)
     priority = block.pop("priority", 0)
     grid = block.pop("grid", {})
@@ -82,7 +83,8 @@ def _points(block: dict[str, Any], overrides: Mapping[str, Any]) -> Iterator[Poi
             own = {k: values.pop(k) for k in _OPTIONS if k in values}
             point_options = _options({**given, **own, **overrides}) if own else options
             spec = spec_from_mapping(values)
-            yield Point(probe_key(spec, point_options), spec, point_options, int(priority))
+            key = probe_key(spec, point_options)
+            yield Point(key, spec, point_options, int(priority), name)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,15 @@ def arrange(points: Sequence[Point], known: Iterable[Point] = ()) -> list[Group]
     return groups
 
 
+def split(groups: Iterable[Group], size: int) -> list[Group]:
+    """No group longer than `size`: several cards share the work, and no child grows old."""
+    return [
+        Group(group.load, group.points[start : start + size])
+        for group in groups
+        for start in range(0, len(group.points), size)
+    ]
+
+
 def _priority(point: Point) -> int:
     return point.priority
 

@@ -113,7 +113,7 @@ class PhaseClock:
         sums = [
             sum(self.meter.seconds(a, b) for a, b in pairs)
             for step, pairs in sorted(tally.intervals.items())
-            if step >= warmup
+            if step >= warmup and (step < self.step or phase not in TRAINING_PHASES)
         ]
         if len(sums) > 1 and phase not in TRAINING_PHASES:
             sums = sums[1:]  # evaluation has its own first time

@@ -69,7 +69,7 @@ def child(spec: dict[str, Any], folder: str) -> int:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     quantized = spec["quantization"] != "none"
-    model = tf.ChameleonForConditionalGeneration.from_pretrained(
+    model: Any = tf.ChameleonForConditionalGeneration.from_pretrained(
         folder, dtype=torch.bfloat16, device_map={"": 0},
         quantization_config=four_bit if quantized else None,
     )  # fmt: skip

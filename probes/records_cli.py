@@ -13,7 +13,7 @@ import pandas as pd
 from planner.errors import InputError, Problem, nearest_name
 from planner.units import GIB
 from probes.records import Record
-from probes.store import read
+from probes.store import latest, read
 
 _DEFAULT_STORE = Path("results/records")
 _WRITERS = (".csv", ".parquet", ".md", ".json")
@@ -34,6 +34,7 @@ def run(argv: list[str]) -> int:
     records, faults = read(arguments.store)
     for fault in faults:
         print(f"warning: {fault}", file=sys.stderr)
+    records = records if arguments.all else latest(records)
     table = filtered(frame(records), arguments.where)
     if arguments.out is None:
         print(listing(table))
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", type=Path, default=_DEFAULT_STORE, help="a .jsonl or a folder")
     parser.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE",
                         help="keep rows whose field is the value (repeatable)")  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="earlier records of a probe, too")
     parser.add_argument("--out", type=Path, help=f"a file to write: {', '.join(_WRITERS)}")
     return parser
 

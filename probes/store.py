@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,21 +47,21 @@ def device_folder(device: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-") or "unknown"
 
 
-def campaign_path(root: Path, device: str, campaign: str) -> Path:
-    """<root>/<device>/<campaign>.jsonl"""
-    return root / device_folder(device) / f"{campaign}.jsonl"
+def lock_of(folder: Path) -> FileLock:
+    """The lock that guards a device's folder. Re-entrant for the same object and thread."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(str(folder / "store.lock"), timeout=60)
 
 
-def lock_of(path: Path) -> FileLock:
-    """The lock that guards one store file. Re-entrant within a process for the same object."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(str(path.with_suffix(".lock")), timeout=60)
+def latest(records: Iterable[Record]) -> list[Record]:
+    """One record a probe, the last: a probe measured again replaces what it said before."""
+    return list({record.key: record for record in records}.values())
 
 
 def append(path: Path, record: Record, lock: FileLock | None = None) -> None:
     """Store one record durably. Raises StoreError, the file as it was, when the disk refuses."""
     line = record.model_dump_json(exclude_defaults=False, exclude_none=True)
-    with lock or lock_of(path):
+    with lock or lock_of(path.parent):
         _append_line(path, line)
 
 

@@ -18,7 +18,6 @@ from probes.order import Group
 from probes.predict import Target, cannot_fit, predict
 from probes.progress import Progress
 from probes.records import Environment, Meters, Outcome, Process, Record
-from probes.store import append, lock_of
 from probes.worker import Worker
 
 _IMPORT_TIMEOUT_S = 180.0
@@ -31,8 +30,6 @@ class Settings:
     budget_s: no probe starts after it; timeout_s: a probe's, load_timeout_s: a load's.
     """
 
-    store: Path
-    campaign: str
     log: Path
     timeout_s: float = 300.0
     load_timeout_s: float = 300.0
@@ -223,7 +220,7 @@ class Sweep:
     ) -> None:
         record = Record(
             key=point.key,
-            campaign=self.settings.campaign,
+            campaign=point.campaign,
             time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
             outcome=outcome,
             evidence=evidence,
@@ -234,7 +231,7 @@ class Sweep:
             process=process,
             predicted=predict(point.spec, lane.target),
         )
-        append(self.ledger.path, record, lock_of(self.ledger.path))
+        self.ledger.append(record)
         self.progress.ends(record, self.left_s())
 
 
