@@ -214,7 +214,7 @@ class CachingAllocator:
         return block
 
     def _map(self, block: _Block, size: int) -> _Block:
-        """Back the first `size` bytes of an unmapped block, in whole pages of the pool's segment."""
+        """Back the first `size` bytes of an unmapped block, in whole pages of its pool."""
         pool = block.pool
         pool.unmapped.remove(block)
         mapped = min(-(-size // pool.segment_bytes) * pool.segment_bytes, block.size)

@@ -91,7 +91,11 @@ class Engine:
 
     def wants_grad(self, *inputs: Tensor | None) -> bool:
         """Whether an operation on `inputs` is recorded."""
-        return self.grad_enabled and any(t is not None and t.requires_grad for t in inputs)
+        if self.grad_enabled:
+            for tensor in inputs:
+                if tensor is not None and tensor.requires_grad:
+                    return True
+        return False
 
     def record(
         self, output: Tensor, inputs: Sequence[Tensor | None], saved: Sequence[Tensor | None],

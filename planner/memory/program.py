@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,6 +74,24 @@ def load(spec: RunSpec, model: Model) -> Loaded:
 
 def run(spec: RunSpec, model: Model, recorder: Recorder | None = None) -> Program:
     """Run one optimizer step of `spec` on shadow tensors."""
+    with paused_collector():
+        return _run(spec, model, recorder)
+
+
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """No cyclic garbage collection inside: the engine frees by reference counts alone, and the
+    collector would walk its many live objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _run(spec: RunSpec, model: Model, recorder: Recorder | None) -> Program:
     loaded = load(spec, model)
     optimizer = find_optimizer(spec.optimizer)
     engine = Engine(recorder)

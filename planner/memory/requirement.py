@@ -1,8 +1,12 @@
 """What the caching allocator makes of a run: the run's own events, replayed.
 
-The stream is loading, then two optimizer steps: the second has optimizer states, and meets the
-layout that the first left. Blocks hold what the allocator does not split off, so what torch reports
-as allocated comes from here too.
+The stream is loading, then optimizer steps in a row: from the second on there are optimizer states,
+and each step meets the layout that the one before it left. Blocks hold what the allocator does not
+split off, so what torch reports as allocated comes from here too.
+
+The small pool (requests up to 1 MiB) splits to the last 512 bytes, so its blocks are its tensors
+and its segments their sum in steps of 2 MiB, nearly: it is summed, and only the large pool is
+replayed block by block.
 """
 
 from __future__ import annotations
@@ -13,19 +17,17 @@ from planner.memory.allocator import (
     EMPTY_CACHE,
     LARGE_BUFFER_BYTES,
     MIN_LARGE_BYTES,
-    RESET_PEAKS,
     ROUND_LARGE_BYTES,
     SMALL_BUFFER_BYTES,
     SMALL_BYTES,
     CachingAllocator,
     OutOfMemoryError,
-    replay,
 )
 from planner.memory.loading import Events
 from planner.memory.program import Program
 
-
-STEPS = 2
+STEPS_TO_PEAK = 2  # the second step has optimizer states
+STEPS_TO_SETTLE = 3  # under a cap the layout of a third step still differs from the second's
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +47,89 @@ class Reserve:
 def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -> Reserve:
     """Replay the run without a cap, then find the smallest cap."""
     load = program.loading.events
-    loaded = replay(load, expandable_segments=expandable_segments)
-    steps = step_events(program, workspace_bytes)
-    free = replay([*load, RESET_PEAKS, *steps], expandable_segments=expandable_segments)
-    required = smallest_sufficient_cap(load, steps, free.peak_allocated_bytes, expandable_segments)
+    steps = step_events(program, workspace_bytes, STEPS_TO_PEAK)
+    free = _Replay(expandable_segments)
+    free.run(load)
+    resident, load_peak = free.allocated_bytes, free.peak_allocated_bytes
+    free.reset_peaks()
+    free.run(steps)
+    capped = _Replay(expandable_segments)
+    capped.run(load)
+    capped.allocator.cap_bytes = max(free.peak_allocated_bytes - free.small_reserved_bytes, 1)
+    capped.run(step_events(program, workspace_bytes, STEPS_TO_SETTLE))
+    required = capped.allocator.cap_bytes + free.small_reserved_bytes
     return Reserve(
-        loaded.allocated_bytes, loaded.peak_allocated_bytes, free.peak_allocated_bytes,
-        free.peak_reserved_bytes, required,
+        resident, load_peak, free.peak_allocated_bytes,
+        free.allocator.peak_reserved_bytes + free.small_reserved_bytes, required,
     )  # fmt: skip
 
 
-def step_events(program: Program, workspace_bytes: int, steps: int = STEPS) -> Events:
+class _Replay:
+    """A replay of the large pool beside the sum of the small one.
+
+    With a cap, an allocation that fails after the cached segments are given back raises the cap by
+    just what it lacks: one pass finds the smallest cap, from below.
+    """
+
+    def __init__(self, expandable_segments: bool) -> None:
+        self.allocator = CachingAllocator(expandable_segments=expandable_segments)
+        self.expandable = expandable_segments
+        self.peak_allocated_bytes = 0
+        self._blocks: dict[int, object] = {}
+        self._small: dict[int, int] = {}
+        self._small_bytes = self._small_peak = 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.allocator.allocated_bytes + self._small_bytes
+
+    @property
+    def small_reserved_bytes(self) -> int:
+        return -(-self._small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
+
+    def reset_peaks(self) -> None:
+        self.allocator.reset_peaks()
+        self.peak_allocated_bytes = self.allocated_bytes
+
+    def run(self, events: Events) -> None:
+        """Feed (id, bytes) allocations and (id, 0) releases."""
+        allocator, blocks, small = self.allocator, self._blocks, self._small
+        malloc, free = allocator.malloc, allocator.free
+        small_bytes, small_peak, peak = self._small_bytes, self._small_peak, 0
+        for key, size in events:
+            if size > SMALL_BYTES:
+                try:
+                    blocks[key] = malloc(size)
+                except OutOfMemoryError:
+                    allocator.cap_bytes = allocator.reserved_bytes + self._segment_bytes(size)
+                    blocks[key] = malloc(size)
+            elif size:
+                small[key] = size
+                small_bytes += size
+                if small_bytes > small_peak:
+                    small_peak = small_bytes
+            elif key in blocks:
+                free(blocks.pop(key))  # type: ignore[arg-type]
+                continue
+            elif key >= 0:
+                small_bytes -= small.pop(key)
+                continue
+            elif (key, size) == EMPTY_CACHE:
+                allocator.empty_cache()
+                continue
+            live = allocator.allocated_bytes + small_bytes
+            if live > peak:
+                peak = live
+        self._small_bytes, self._small_peak = small_bytes, small_peak
+        self.peak_allocated_bytes = max(self.peak_allocated_bytes, peak)
+
+    def _segment_bytes(self, size: int) -> int:
+        if self.expandable or size < MIN_LARGE_BYTES:
+            return -(-size // LARGE_BUFFER_BYTES) * LARGE_BUFFER_BYTES
+        return -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
+
+
+def step_events(program: Program, workspace_bytes: int, steps: int) -> Events:
     """Optimizer steps in a row. A workspace comes with the first product of each thread: the
     forward's, and autograd's; optimizer states in the first optimizer step, gradients still there.
     """
@@ -82,66 +156,3 @@ def step_events(program: Program, workspace_bytes: int, steps: int = STEPS) -> E
 def _shifted(events: list[int], sizes: list[int], base: int) -> Events:
     return [(base + i, sizes[i]) if i >= 0 else (base + ~i, 0) for i in events
             if sizes[i if i >= 0 else ~i]]  # fmt: skip
-
-
-def smallest_sufficient_cap(
-    load: Events, steps: Events, start_bytes: int, expandable_segments: bool
-) -> int:
-    """The smallest cap under which the steps complete, from above.
-
-    One pass raises the cap only where an allocation fails after the cached segments are given back;
-    a second checks the result, and where an early release had helped the first, widens it.
-    """
-    cap = _tightest(load, steps, start_bytes, expandable_segments)
-    while not _completes(load, steps, cap, expandable_segments):
-        cap += max(ROUND_LARGE_BYTES, cap // 400)
-    return cap
-
-
-def _tightest(load: Events, steps: Events, start_bytes: int, expandable_segments: bool) -> int:
-    allocator = CachingAllocator(expandable_segments=expandable_segments)
-    blocks = _run(allocator, load, {})
-    allocator.cap_bytes = start_bytes
-    for key, size in steps:
-        if not size:
-            allocator.free(blocks.pop(key))
-            continue
-        try:
-            blocks[key] = allocator.malloc(size)
-        except OutOfMemoryError:
-            allocator.cap_bytes = allocator.reserved_bytes + _segment(size, expandable_segments)
-            blocks[key] = allocator.malloc(size)
-    assert allocator.cap_bytes is not None
-    return max(allocator.cap_bytes, allocator.peak_allocated_bytes)
-
-
-def _segment(size: int, expandable: bool) -> int:
-    if size <= SMALL_BYTES:
-        return SMALL_BUFFER_BYTES
-    if size < MIN_LARGE_BYTES:
-        return LARGE_BUFFER_BYTES
-    granule = LARGE_BUFFER_BYTES if expandable else ROUND_LARGE_BYTES
-    return -(-size // granule) * granule
-
-
-def _completes(load: Events, steps: Events, cap: int, expandable_segments: bool) -> bool:
-    allocator = CachingAllocator(expandable_segments=expandable_segments)
-    blocks = _run(allocator, load, {})
-    allocator.cap_bytes = cap
-    try:
-        _run(allocator, steps, blocks)
-    except OutOfMemoryError:
-        return False
-    return True
-
-
-def _run(allocator: CachingAllocator, events: Events, blocks: dict[int, object]) -> dict[int, object]:
-    malloc, free = allocator.malloc, allocator.free
-    for key, size in events:
-        if size:
-            blocks[key] = malloc(size)
-        elif key >= 0:
-            free(blocks.pop(key))  # type: ignore[arg-type]
-        elif (key, size) == EMPTY_CACHE:
-            allocator.empty_cache()
-    return blocks
