@@ -33,7 +33,7 @@ def cuda_view(semantics: CudaSemantics) -> Iterator[None]:
     enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
     with ExitStack() as stack:
         for name in _KERNEL_LISTS:
-            stack.enter_context(mock.patch(name, lambda: _DEVICES))
+            stack.enter_context(mock.patch(name, return_value=_DEVICES))
         patch = mock.patch.object
         stack.enter_context(
             patch(torch, "is_autocast_enabled", lambda device="cuda": enabled(_cuda(device)))

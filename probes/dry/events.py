@@ -1,4 +1,4 @@
-"""What a traced step leaves behind: allocations and releases in order, and what follows from them."""
+"""What a traced step leaves behind: allocations and releases in order, and what follows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Category = Literal[
     "parameters", "gradients", "optimizer_states", "saved_activations", "logits", "temporaries",
     "inputs", "workspace",
 ]  # fmt: skip
-Phase = Literal["load", "inputs", "forward", "backward", "recompute", "clip", "optimizer", "zero_grad", "evaluate"]  # fmt: skip
+Phase = Literal[
+    "load", "inputs", "forward", "backward", "recompute", "clip", "optimizer", "zero_grad",
+    "evaluate",
+]  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -52,7 +55,7 @@ class LiveBytes:
 
 @dataclass
 class Trace:
-    """A traced run: loading (`load`), then the steps (`events`), which start with what loading left.
+    """A traced run: loading (`load`), then the steps (`events`), which start with what it left.
 
     Sizes are those of the storages; `stream` gives the allocator's input, whose blocks also hold
     what it does not split off.

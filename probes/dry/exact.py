@@ -1,4 +1,4 @@
-"""The dry probe's answer as one mapping: what `vramwise probe --dry --json` and `fit --exact` give."""
+"""The dry probe's answer as one mapping, for `probe --dry --json` and `fit --exact`."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def quantization_config(spec: RunSpec) -> BitsAndBytesConfig:
 def adapt(
     model: PreTrainedModel, spec: RunSpec, empty_cache: Callable[[], None]
 ) -> torch.nn.Module:
-    """`prepare_model_for_kbit_training` where quantised, then the adapter; or all of it trainable."""
+    """`prepare_model_for_kbit_training` where quantised, then the adapter; or all trainable."""
     if spec.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         empty_cache()  # its auto_clear_cache
@@ -142,7 +142,10 @@ def adapt(
         return model
     targets = spec.lora.target_modules
     settings = LoraConfig(
-        r=spec.lora.rank, lora_alpha=spec.lora.alpha,  # type: ignore[arg-type] lora_dropout=spec.lora.dropout, bias="none",
+        r=spec.lora.rank,
+        lora_alpha=spec.lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=spec.lora.dropout,
+        bias="none",
         task_type="CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else list(targets),
     )  # fmt: skip
@@ -172,7 +175,8 @@ def _pack_4bit(module: Linear4bit, spec: RunSpec) -> None:
     if doubled:  # the 8-bit map is copied to the device for each weight (`quantize_blockwise`)
         state.nested, state.offset = True, torch.empty((), device="meta")
         state.state2 = QuantState(
-            absmax=_meta(-(-blocks // 256), torch.float32), code=_meta(256, torch.float32), blocksize=256,
+            absmax=_meta(-(-blocks // 256), torch.float32),
+            code=_meta(256, torch.float32), blocksize=256,
             dtype=torch.float32,
         )  # fmt: skip
     packed = torch.empty(((shape.numel() + 1) // 2, 1), dtype=torch.uint8, device="meta")

@@ -112,7 +112,8 @@ def _points(
 _PAGE = """<!doctype html>
 <meta charset="utf-8"><title>memory over the step</title>
 <style>body{{font:14px sans-serif;margin:2em}}svg{{border:1px solid #ccc;width:100%}}
-span{{display:inline-block;width:.9em;height:.9em;margin:0 .3em 0 1em}}pre{{min-height:11em}}</style>
+span{{display:inline-block;width:.9em;height:.9em;margin:0 .3em 0 1em}}
+pre{{min-height:11em}}</style>
 <h1>Live memory, {peak} GiB at its peak</h1><p>Peak: {title}</p><p>{legend}</p>
 <svg id="s" viewBox="0 0 {width} {height}" preserveAspectRatio="none">{areas}
 <line id="l" y1="0" y2="{height}" stroke="black"/></svg><pre id="t"></pre>

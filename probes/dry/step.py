@@ -41,7 +41,7 @@ class StockStep:
                 gradient_checkpointing_kwargs={
                     "use_reentrant": False,
                     "context_fn": self._checkpoint_contexts,
-                }  # fmt: skip
+                }
             )
 
     def run(self) -> None:
@@ -110,8 +110,7 @@ class StockStep:
 
         if self._dtype is None:
             return forward
-        converted = convert_outputs_to_fp32(forward)
-        return converted
+        return convert_outputs_to_fp32(forward)
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
         return nullcontext(), Recomputation(self)

@@ -46,7 +46,8 @@ _CUSTOM_MAX_ROWS = 1536  # _gemm_4bit_custom_max_m
 @functools.cache
 def _heuristic(props: tuple[int, int, int]) -> Callable[..., Any]:
     spec = find_spec("bitsandbytes")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     path = Path(spec.origin).parent / "backends" / "cuda" / "ops.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     wanted = "_gemm_4bit_use_custom_cuda"

@@ -14,9 +14,9 @@ from probes.dry import model as models
 from probes.dry.attribution import categorise
 from probes.dry.autocast import CudaSemantics
 from probes.dry.batch import Batches
+from probes.dry.cuda_view import cuda_view, flash_view
 from probes.dry.events import Event, Trace
 from probes.dry.load import load
-from probes.dry.cuda_view import cuda_view, flash_view
 from probes.dry.optimizers import create_optimizer
 from probes.dry.recorder import Recorder
 from probes.dry.scope import Scope
@@ -59,7 +59,8 @@ def trace(
     categorise(events, vocabulary)
     categorise(evaluation, vocabulary)
     result = Trace(
-        loaded, events, tuple(recorder.unknown), evaluation, 0.0, sum(p.numel() for p in model.parameters()),
+        loaded, events, tuple(recorder.unknown), evaluation, 0.0,
+        sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad), spec.expandable_segments,
     )  # fmt: skip
     result.seconds = time.perf_counter() - started

@@ -36,7 +36,7 @@ def masked_scatter(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]
 @stands_for("aten::masked_scatter_backward")
 def masked_scatter_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The selected gradients: positions in int64, one a dimension and element, then the values."""
-    grad, mask, sizes = args[:3]
+    grad, _, sizes = args[:3]
     count = torch.Size(sizes).numel()
     positions = recorder.begin(func, count * grad.dim() * 8, "int64")
     result = grad.new_empty(sizes)

@@ -8,7 +8,8 @@ from unittest import mock
 
 import torch
 
-from probes.dry.autocast import FLOAT32, LOWER, SET_DTYPE, CudaSemantics
+from probes.dry.autocast import CudaSemantics
+from probes.dry.policy import FLOAT32, LOWER, SET_DTYPE
 from probes.dry.recorder import Recorder
 from probes.dry.scope import Scope
 
