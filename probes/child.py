@@ -59,7 +59,11 @@ def _run(job: dict[str, Any], events: TextIO, cpu: bool) -> None:
     allocator_settings(first)
     environment = describe(cpu, job.get("gpu"), _settings(first))
     deadline = began + job["deadline_s"] if job.get("deadline_s") else None
-    situation = Situation(0 if cpu else job.get("gpu") or 0, job["others_used_bytes"], deadline)
+    situation = Situation(
+        gpu_index=job.get("gpu") or 0,
+        others_used_bytes=job["others_used_bytes"],
+        deadline=deadline,
+    )
     meter = open_meter(cpu)
     try:
         config = config_for(first.model, tiny=job["tiny"])
@@ -77,9 +81,10 @@ def _run(job: dict[str, Any], events: TextIO, cpu: bool) -> None:
             return
         _tell(events, event="begin", key=key)
         started = time.monotonic()
+        snapshot = os.path.join(job["snapshots"], key) if job.get("snapshots") else None  # noqa: PTH118
         answer: dict[str, Any] = {}
         try:
-            answer = {"outcome": "ok", "meters": session.measure(spec, options)}
+            answer = {"outcome": "ok", "meters": session.measure(spec, options, snapshot)}
         except OutOfMemoryError as error:
             answer = {"outcome": "oom", "evidence": str(error)}
         except VramwiseError as error:

@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a probe may take")
     parser.add_argument("--load-timeout", type=float, default=300.0, help="seconds a load may take")
     parser.add_argument("--budget-seconds", type=float, help="start no probe after this time")
+    parser.add_argument("--snapshots", type=Path,
+                        help="a folder for memory snapshots that torch's viewer opens")  # fmt: skip
     parser.add_argument("--log", type=Path, help="what the children print (default: in the store)")
     parser.add_argument("--force", action="store_true", help="measure beside another tenant's load")
     parser.add_argument("--no-skip", action="store_true",
@@ -99,6 +101,7 @@ def _sweep(
         budget_s=arguments.budget_seconds,
         tiny=bool(arguments.cpu),
         skip_hopeless=not arguments.no_skip,
+        snapshots=arguments.snapshots,
     )
     print(f"{len(left)} probes to run, {done} recorded before; records go to {folder}")
     lanes = lanes_for([card.index for card in cards]) if cards else [cpu_lane()]

@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,8 +71,11 @@ class Session:
         gc.collect()
         gc.freeze()  # the model is permanent: collections need not walk it
 
-    def measure(self, spec: RunSpec, options: Options) -> Meters:
-        """What the options ask of one spec. Raises OutOfMemoryError; the session can go on."""
+    def measure(self, spec: RunSpec, options: Options, snapshot: str | None = None) -> Meters:
+        """What the options ask of one spec. Raises OutOfMemoryError; the session can go on.
+
+        snapshot: a path without suffix; CUDA's allocator history of two more steps goes there.
+        """
         assert self.base is not None
         built: Built | None = None
         runner: Runner | None = None
@@ -79,7 +83,10 @@ class Session:
             with _oom_as_evidence():
                 built = loading.adapt(self.base, spec, self.meter.device)
                 runner = runner_for(built)
-                return self._measure(built, runner, options)
+                meters = self._measure(built, runner, options)
+                if snapshot is not None and self.meter.device.type == "cuda":
+                    self._snapshot(runner, snapshot)
+                return meters
         finally:
             self._strip(built, runner)
             del built, runner
@@ -167,6 +174,17 @@ class Session:
             confirm=lambda cap: attempt(cap, options.steps),
             deadline=self.situation.deadline,
         )  # fmt: skip
+
+    def _snapshot(self, runner: Runner, path: str) -> None:
+        """torch's own format: https://pytorch.org/memory_viz opens it."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+        try:
+            self._run(runner, PhaseClock(self.meter), _ATTEMPT_STEPS)
+            torch.cuda.memory._dump_snapshot(f"{path}.pickle")
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+            self._reset(runner)
 
     def _saved(self, built: Built, runner: Runner) -> dict[str, int]:
         saved = SavedTensors(built.model)

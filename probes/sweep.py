@@ -36,6 +36,7 @@ class Settings:
     budget_s: float | None = None
     tiny: bool = False
     skip_hopeless: bool = True
+    snapshots: Path | None = None
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Lane:
     target: Target | None
     others_used_bytes: int
     standby: Worker | None = None
+    working: Worker | None = None
     environment: Environment | None = None
     import_s: float = 0.0
 
@@ -74,6 +76,9 @@ class Sweep:
                 thread.join()
         except KeyboardInterrupt:
             self._stop.set()
+            for lane in lanes:
+                if lane.working is not None:
+                    lane.working.kill()
             for thread in threads:
                 thread.join()
             raise
@@ -116,9 +121,11 @@ class Sweep:
                 self._skip_hopeless(lane, left)
             while left and not self._over():
                 worker, lane.standby = lane.standby or self._worker(lane), None
+                lane.working = worker
                 try:
                     self._child(lane, worker, left)
                 finally:
+                    lane.working = None
                     worker.close()
         finally:
             self.ledger.release(list(claimed))
@@ -180,6 +187,7 @@ class Sweep:
             "gpu": lane.gpu,
             "weights": left[0].options.weights,
             "tiny": self.settings.tiny,
+            "snapshots": str(self.settings.snapshots) if self.settings.snapshots else None,
             "others_used_bytes": lane.others_used_bytes,
             "deadline_s": self.left_s(),
             "probes": [
@@ -193,7 +201,10 @@ class Sweep:
         }
 
     def _fail(self, lane: Lane, left: deque[Point], event: dict[str, Any], worker: Worker) -> None:
-        """The child hung, died or raised: the probe in flight gets the outcome."""
+        """The child hung, died or raised: the probe in flight gets the outcome (none where the
+        sweep itself was interrupted)."""
+        if self._stop.is_set():
+            return
         if event["event"] == "timeout":
             limit = f"{self.settings.timeout_s:.0f} s a probe, {self.settings.load_timeout_s:.0f} s a load"  # noqa: E501
             evidence = f"killed after its time ({limit}); last words: {worker.last_words()}"

@@ -76,12 +76,16 @@ class Worker:
             lines = handle.read().decode(errors="replace").split("\n")
         return " | ".join(line.strip() for line in lines if line.strip())[-600:]
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """End the child, whatever it does, and everything it started."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+    def close(self) -> None:
+        """Kill the child if it lives, and let go of its streams."""
+        self.kill()
         self._selector.close()
         for stream in (self.process.stdin, self.process.stdout, self._log_file):
             if stream is not None:

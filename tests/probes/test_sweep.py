@@ -16,7 +16,9 @@ from planner.cli import main
 from planner.errors import VramwiseError
 from probes import cli
 from probes.driver import BusyDeviceError, Card, refuse_if_busy
+from probes.grid import read_campaign
 from probes.store import read
+from probes.worker import Worker
 
 _HEAD = 'model="facebook/chameleon-7b"\noptimizer="adamw_torch"\nsteps=2\nwarmup_steps=1\n'
 _FIFTY = _HEAD + "[grid]\nsequence_length=[{}]\ngradient_checkpointing=[true,false]\n".format(
@@ -53,12 +55,34 @@ def test_outcomes_are_records_and_a_second_run_adds_none(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_probe_that_takes_too_long_is_killed_and_the_rest_goes_on(tmp_path: Path) -> None:
-    """8 x 2048 tokens take a CPU far longer than the limit; the small one is within it."""
+    """64 x 4096 tokens take a CPU far longer than the limit; the small one is within it."""
     text = _HEAD + "order='file'\n[[grids]]\npoints=["
-    text += "{micro_batch_size=64, sequence_length=4096, steps=64}, {}]"
-    assert cli.run([*campaign(tmp_path, text), "--timeout", "6"]) == 0
+    text += "{micro_batch_size=64, sequence_length=4096, steps=64}, {sequence_length=16}]"
+    assert cli.run([*campaign(tmp_path, text), "--timeout", "12"]) == 0
     outcomes = [r.outcome for r in read(tmp_path / "store")[0]]
     assert outcomes == ["timeout", "ok"]
+
+
+@pytest.mark.slow
+def test_child_that_dies_is_told_with_how(tmp_path: Path) -> None:
+    """What the kernel does to a process that takes too much memory: SIGKILL in mid-probe."""
+    text = _HEAD + "micro_batch_size=64\nsequence_length=4096\n"
+    (point,) = read_campaign(campaign(tmp_path, text)[0], {}).points
+    worker = Worker(None, tmp_path / "log")
+    try:
+        assert worker.next_event(120)["event"] == "ready"
+        probe = {"key": point.key, "spec": point.spec.model_dump(mode="json"),
+                 "options": point.options.model_dump(mode="json")}  # fmt: skip
+        worker.send({"gpu": None, "weights": "random", "tiny": True, "others_used_bytes": 0,
+                     "deadline_s": None, "probes": [probe]})  # fmt: skip
+        while worker.next_event(120)["event"] != "begin":
+            pass
+        worker.process.send_signal(signal.SIGKILL)
+        event = worker.next_event(60)
+    finally:
+        worker.close()
+    assert event["event"] == "died"
+    assert "SIGKILL" in event["evidence"]
 
 
 @pytest.mark.slow
