@@ -7,10 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from planner.dtypes import DType
+from planner.memory import vision
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
 from planner.memory.step import Batch
+from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
+from planner.models.chameleon_vq import VqEncoder
 from planner.models.decoder import (
     DecoderGeometry,
     Defaults,
@@ -21,8 +25,10 @@ from planner.models.decoder import (
     weighted,
 )
 from planner.models.decoder_step import Decoder, head_and_loss
+from planner.models.images import image_input
 from planner.models.reading import Reader
 from planner.models.tree import Component, Module
+from planner.spec import RunSpec
 
 MODEL_TYPES = ("chameleon",)
 AUTO_CLASS = "ChameleonForConditionalGeneration"
@@ -137,10 +143,33 @@ def forward(
     """`ChameleonForConditionalGeneration.forward`: (loss, logits)."""
     decoder = Decoder(t, loaded, geometry.text, "model.")
     embeds = decoder.embed(batch.ids)
+    features = mask = None  # names of the model's forward: alive until it returns
+    if batch.pixels is not None:
+        features = _image_features(t, decoder, geometry, batch.pixels)
+        mask = vision.placeholder_mask(t, batch.ids)
+        embeds = vision.masked_scatter(t, embeds, mask, features)
     hidden = decoder.layers(embeds)
+    del features, mask
     del embeds  # `inputs_embeds` lives until the backbone's forward returns
     columns = geometry.vq.num_embeddings  # one vocabulary entry a code
     return head_and_loss(t, loaded, geometry.text, hidden, batch.labels, columns)
+
+
+def _image_features(
+    t: Engine, decoder: Decoder, geometry: ChameleonGeometry, pixels: Tensor
+) -> Tensor:
+    """get_image_features: the embeddings of the images' codes, (N, codes, D)."""
+    encoder = VqEncoder(t, decoder.loaded, geometry.vq, "model.vqmodel.")
+    indices = encoder.codes(pixels)
+    ids = t.new(indices.shape, DType.INT32, "to (codes, from the host)")
+    return decoder.embed(ids.view((pixels.shape[0], geometry.vq.codes)))
+
+
+def pixels(recorder: Recorder, geometry: ChameleonGeometry, spec: RunSpec) -> Tensor:
+    """pixel_values: (B · images, 3, R, R) fp32."""
+    vq = geometry.vq
+    count = spec.micro_batch_size * spec.images_per_sample
+    return image_input(recorder, (count, vq.in_channels, vq.resolution, vq.resolution))
 
 
 def _vq_modules(vq: VqGeometry, prefix: str) -> Iterator[Module]:

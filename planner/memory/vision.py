@@ -1,0 +1,163 @@
+"""Operations of vision encoders: convolutions, group norm, pooling, the joining of image features
+and text embeddings. What each saves is read from tools/autograd/derivatives.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from planner.dtypes import DType
+from planner.memory.ops import BOOL, F32, Engine, grad_bytes
+from planner.memory.tensor import Shape, Tensor
+
+INT64 = DType.INT64
+
+
+def conv(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None, out_shape: Shape) -> Tensor:
+    """A convolution, in 16 bits under autocast: saves its input and weight. cuDNN's workspace is
+    not among what is counted here."""
+    x, weight = t.lower(x), t.lower(weight)
+    bias = t.lower(bias) if bias is not None else None
+    out = t.new(out_shape, x.dtype, "convolution")
+    flops = 2 * prod(out_shape) * prod(weight.shape[1:])
+    traffic = grad_bytes(x) + grad_bytes(weight) + grad_bytes(out)
+    t.count_matmul(flops, traffic, x.dtype)
+    inputs = (x, weight, bias)
+    needs = [i is not None and i.requires_grad for i in inputs]
+    shapes = [i.shape if i is not None else () for i in inputs]
+    dtype = x.dtype
+
+    def backward(g: Tensor) -> tuple[Tensor | None, ...]:
+        made = []
+        for shape, need in zip(shapes, needs, strict=True):
+            if need:
+                t.count_matmul(flops, traffic, dtype)
+            made.append(t.new(shape, dtype, "convolution (backward)") if need else None)
+        return tuple(made)
+
+    return t.record(out, inputs, (x, weight), backward)
+
+
+def group_norm(t: Engine, x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32) -> Tensor:
+    """F.group_norm, an fp32 operation under autocast: saves its input and two statistics. x is
+    (N, C, ...)."""
+    x, weight, bias = t.upper(x), t.upper(weight), t.upper(bias)
+    t.count(2 * grad_bytes(x))
+    out = t.new(x.shape, x.dtype, "group_norm")
+    mean = t.new((x.shape[0], groups), x.dtype, "group_norm statistics")
+    rstd = t.new((x.shape[0], groups), x.dtype, "group_norm statistics")
+    inputs, shapes = (x, weight, bias), (x.shape, weight.shape, bias.shape)
+    needs = [i.requires_grad for i in inputs]
+    dtype = x.dtype
+
+    def backward(g: Tensor) -> tuple[Tensor | None, ...]:
+        t.count(3 * prod(shapes[0]) * dtype.itemsize)
+        return tuple(
+            t.new(shape, dtype, "group_norm (backward)") if need else None
+            for shape, need in zip(shapes, needs, strict=True)
+        )
+
+    return t.record(out, inputs, (x, weight, mean, rstd), backward)
+
+
+def sigmoid(t: Engine, x: Tensor) -> Tensor:
+    """torch.sigmoid: saves its result."""
+    t.count(2 * grad_bytes(x))
+    out = t.like(x, x.dtype, "sigmoid")
+    return t.record(out, (x,), (out,), lambda g: (t.like(g, g.dtype, "sigmoid (backward)"),))
+
+
+def activation(t: Engine, name: str, x: Tensor) -> Tensor:
+    """ACT2FN[name]: quick_gelu is x * sigmoid(1.702 x), the rest are one kernel that saves x."""
+    if name == "quick_gelu":
+        return t.mul(x, sigmoid(t, t.scale(x)))
+    return t.activation(x, name)
+
+
+def swish_in_place(t: Engine, x: Tensor) -> Tensor:
+    """`x *= torch.sigmoid(x)`: nothing new but the sigmoid; saves both."""
+    gate = sigmoid(t, x)
+    t.count(3 * grad_bytes(x))
+    shape, dtype = x.shape, x.dtype
+
+    def backward(g: Tensor) -> tuple[Tensor, Tensor]:
+        other = t.new(shape, dtype, "mul (backward)")
+        return t.new(shape, dtype, "mul (backward)"), other
+
+    return t.record(x.view(shape), (x, gate), (x, gate), backward)
+
+
+def pad_corner(t: Engine, x: Tensor) -> Tensor:
+    """F.pad(x, (0, 1, 0, 1)) of (N, C, H, W)."""
+    *lead, height, width = x.shape
+    out = t.new((*lead, height + 1, width + 1), x.dtype, "pad")
+    t.count(2 * grad_bytes(x))
+    source = x.shape
+    return t.record(out, (x,), (), lambda g: (t.new(source, g.dtype, "pad (backward)"),))
+
+
+def narrow(t: Engine, x: Tensor, shape: Shape) -> Tensor:
+    """x[:, a:b]: a view; its backward fills zeros of the whole."""
+    source = x.shape
+
+    def backward(g: Tensor) -> tuple[Tensor]:
+        t.count(2 * prod(source) * g.dtype.itemsize, 2)
+        return (t.new(source, g.dtype, "slice_backward"),)
+
+    return t.record(x.view(shape), (x,), (), backward)
+
+
+def rows_apart(t: Engine, x: Tensor) -> Tensor:
+    """torch.cat(list(x)) of (N, P, D): one copy, (N·P, D); backward stacks the rows' gradients."""
+    source, width = x.shape, x.shape[-1]
+    out = t.new((prod(source[:-1]), width), x.dtype, "cat")
+    t.count(2 * grad_bytes(x))
+
+    def backward(g: Tensor) -> tuple[Tensor]:
+        t.count(2 * prod(source) * g.dtype.itemsize)
+        return (t.new(source, g.dtype, "stack (backward)"),)
+
+    return t.record(out, (x,), (), backward)
+
+
+def average_pool(t: Engine, x: Tensor, out_shape: Shape) -> Tensor:
+    """nn.AvgPool2d of (N, C, H, W): saves its input."""
+    out = t.new(out_shape, x.dtype, "avg_pool2d")
+    t.count(grad_bytes(x) + grad_bytes(out))
+    source = x.shape
+    return t.record(out, (x,), (x,), lambda g: (t.new(source, g.dtype, "avg_pool2d (backward)"),))
+
+
+def placeholder_mask(t: Engine, ids: Tensor) -> Tensor:
+    """get_placeholder_mask: input_ids == image_token_id, (B, S, 1)."""
+    mask = t.new(ids.shape, BOOL, "eq (placeholders)")
+    return mask.view((*ids.shape, 1))
+
+
+def masked_scatter(t: Engine, x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """x.masked_scatter(mask, source): a copy of x; the kernel expands the mask and takes an int64
+    prefix sum of it (IndexKernel.cpp). x (B, S, D), mask (B, S, 1), source of any shape."""
+    out = t.new(x.shape, x.dtype, "masked_scatter")
+    t.count(2 * grad_bytes(x) + 9 * prod(x.shape), 4)
+    expanded = t.new(x.shape, BOOL, "masked_scatter (mask)")
+    positions = t.new(x.shape, INT64, "masked_scatter (prefix sum)")
+    del expanded, positions
+    needs, shape, count = (x.requires_grad, source.requires_grad), x.shape, source.shape
+
+    def backward(g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        t.count(2 * grad_bytes(g))
+        kept = t.new(shape, g.dtype, "masked_fill (backward)") if needs[0] else None
+        if not needs[1]:
+            return kept, None
+        indices = t.new((prod(count), len(shape)), INT64, "masked_scatter (backward)")
+        taken = t.new(count, g.dtype, "masked_scatter (backward)")
+        del indices
+        return kept, taken
+
+    return t.record(out, (x, source), (mask,), backward)
+
+
+def total(t: Engine, parts: Sequence[Tensor], shape: Shape, op: str) -> Tensor:
+    """An fp32 result of `parts` that no gradient is wanted of."""
+    t.count(sum(grad_bytes(part) for part in parts))
+    return t.new(shape, F32, op)
