@@ -29,6 +29,10 @@ class Batches:
         batch = collate([_light(self._sample)] * rows)
         return {name: _placed(tensor) for name, tensor in batch.items()}
 
+    def host(self, rows: int) -> Batch:
+        """The same batch before it is sent: integers on the host, pixels without bytes."""
+        return collate([_light(self._sample)] * rows)
+
 
 def _light(sample: Batch) -> Batch:
     """Pixels as a meta tensor, so that a large batch of images costs the host nothing."""

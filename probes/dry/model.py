@@ -22,6 +22,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from planner.errors import InputError, Problem, nearest_name
 from planner.models.registry import known_names, load_model
 from planner.spec import RunSpec
+from recipes.build import weights_dtype
 
 DTYPES = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
@@ -93,7 +94,7 @@ def build(spec: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
     config._attn_implementation = spec.attention
     cls = model_class(config)
     with torch.device("meta"), transformers.initialization.no_init_weights(), _refused("model"):
-        model = cls._from_config(config, dtype=DTYPES[spec.weights_dtype])
+        model = cls._from_config(config, dtype=weights_dtype(spec))
     model.tie_weights()
     model.config.use_cache = False  # TrainingArguments.use_cache
     _keep_in_fp32(model, spec)
@@ -113,7 +114,7 @@ def quantize(model: PreTrainedModel, spec: RunSpec) -> None:
         elif isinstance(module, Linear8bitLt):
             _pack_8bit(module)
         if isinstance(module, (Linear4bit, Linear8bitLt)) and module.bias is not None:
-            module.bias.data = module.bias.data.to(DTYPES[spec.weights_dtype])
+            module.bias.data = module.bias.data.to(weights_dtype(spec))
     marks = {"is_quantized": True, "quantization_method": settings.quant_method}
     name = "is_loaded_in_8bit" if spec.quantization == "int8" else "is_loaded_in_4bit"
     for mark, value in {**marks, name: True}.items():
@@ -127,7 +128,7 @@ def quantization_config(spec: RunSpec) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=spec.quantization,
         bnb_4bit_use_double_quant=spec.double_quant,
-        bnb_4bit_compute_dtype=DTYPES[spec.weights_dtype],
+        bnb_4bit_compute_dtype=weights_dtype(spec),
     )  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def _pack_4bit(module: Linear4bit, spec: RunSpec) -> None:
     state = QuantState(
         absmax=_meta(blocks, torch.uint8 if doubled else torch.float32), shape=shape,
         code=_meta(16, torch.float32), blocksize=64, quant_type=spec.quantization,
-        dtype=DTYPES[spec.weights_dtype],
+        dtype=weights_dtype(spec),
     )  # fmt: skip
     if doubled:  # the 8-bit map is copied to the device for each weight (`quantize_blockwise`)
         state.nested, state.offset = True, torch.empty((), device="meta")
@@ -203,7 +204,7 @@ def _meta(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _keep_in_fp32(model: PreTrainedModel, spec: RunSpec) -> None:
     """Modules that the class keeps in fp32 when loaded in 16 bits (modeling_utils)."""
-    plan = model._get_dtype_plan(DTYPES[spec.weights_dtype])
+    plan = model._get_dtype_plan(weights_dtype(spec))
     for path, parameter in model.named_parameters():
         for pattern, dtype in plan.items():
             if re.search(pattern, path):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from transformers import PretrainedConfig
@@ -16,6 +15,7 @@ from probes.dry.autocast import CudaSemantics
 from probes.dry.batch import Batches
 from probes.dry.cuda_view import cuda_view, flash_view
 from probes.dry.events import Event, Trace
+from probes.dry.lean import LeanRun, adapt_lean
 from probes.dry.load import load
 from probes.dry.optimizers import create_optimizer
 from probes.dry.recorder import Recorder
@@ -32,7 +32,8 @@ def trace(
     transformers config instead of `spec.model`. Raises InputError for a model that cannot be built.
     """
     started = time.perf_counter()
-    config = models.shortened(config or models.load_config(spec.model), layers)
+    config = copy.deepcopy(config) if config else models.load_config(spec.model)
+    config = models.shortened(config, layers)
     scope = Scope()
     recorder = Recorder(scope)
     recorder.target = target or Target()
@@ -44,12 +45,20 @@ def trace(
         scope.name(base)
         with recorder.during("load", "parameters"):
             load(recorder, base)
-            model = models.adapt(base, spec, recorder.empty_cache)
+            model = (
+                adapt_lean(base, spec)
+                if spec.stack == "lean"
+                else models.adapt(base, spec, recorder.empty_cache)
+            )
         scope.name(model)
         for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
             recorder.place(tensor, path.rpartition(".")[0])
         loaded = recorder.take()
-        step = _stock_step(spec, batches, model, recorder, semantics)
+        step: StockStep | LeanRun
+        if spec.stack == "lean":
+            step = LeanRun(spec, config, base, model, batches, recorder, semantics)
+        else:
+            step = _stock_step(spec, batches, model, recorder, semantics)
         for number in range(1, steps + 1):
             recorder.step = number
             step.run()
@@ -61,7 +70,8 @@ def trace(
     result = Trace(
         loaded, events, tuple(recorder.unknown), evaluation, 0.0,
         sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad), spec.expandable_segments,
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        spec.expandable_segments or spec.stack == "lean",
     )  # fmt: skip
     result.seconds = time.perf_counter() - started
     return result
@@ -79,21 +89,13 @@ def _stock_step(
     )  # fmt: skip
 
 
-def _evaluate(batches: Batches, step: StockStep) -> list[Event]:
+def _evaluate(batches: Batches, step: StockStep | LeanRun) -> list[Event]:
+    if isinstance(step, LeanRun):
+        step.evaluate()
+        return step.recorder.take()
     with step.recorder.during("inputs", "inputs"):
         batch = batches.make(batches.spec.evaluation_batch_size)
         for tensor in batch.values():
             step.recorder.track(tensor, "input batch")
     step.evaluate(batch)
     return step.recorder.take()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """CPU work of the trace is bookkeeping: one thread is enough."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
