@@ -15,19 +15,20 @@ from dataclasses import dataclass
 
 from planner.memory.allocator import (
     EMPTY_CACHE,
-    LARGE_BUFFER_BYTES,
-    MIN_LARGE_BYTES,
+    RESET_PEAKS,
     ROUND_LARGE_BYTES,
     SMALL_BUFFER_BYTES,
     SMALL_BYTES,
-    CachingAllocator,
-    OutOfMemoryError,
+    replay,
+    smallest_cap,
 )
+from planner.memory.large_pool import LargePool
 from planner.memory.loading import Events
 from planner.memory.program import Program
 
 STEPS_TO_PEAK = 2  # the second step has optimizer states
 STEPS_TO_SETTLE = 3  # under a cap the layout of a third step still differs from the second's
+RESOLUTION = 400  # the smallest cap is sought to a part in so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,87 +47,97 @@ class Reserve:
 
 def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -> Reserve:
     """Replay the run without a cap, then find the smallest cap."""
-    load = program.loading.events
-    steps = step_events(program, workspace_bytes, STEPS_TO_PEAK)
-    free = _Replay(expandable_segments)
-    free.run(load)
-    resident, load_peak = free.allocated_bytes, free.peak_allocated_bytes
-    free.reset_peaks()
-    free.run(steps)
-    capped = _Replay(expandable_segments)
-    capped.run(load)
-    capped.allocator.cap_bytes = max(free.peak_allocated_bytes - free.small_reserved_bytes, 1)
-    capped.run(step_events(program, workspace_bytes, STEPS_TO_SETTLE))
-    required = capped.allocator.cap_bytes + free.small_reserved_bytes
+    if expandable_segments:
+        return _expandable(program, workspace_bytes)
+    loading = _split(program.loading.events)
+    pool = LargePool()
+    small = 0
+    for large, levels, small in loading:
+        pool.run(large, levels)
+        pool.release_cached()
+    resident, load_peak = pool.allocated + small, pool.peak_allocated
+    pool.reset_peaks()
+    steps = _split(step_events(program, workspace_bytes, STEPS_TO_SETTLE), small)[0]
+    two = _first_steps(program, steps[0], STEPS_TO_PEAK)
+    free = pool.copy()
+    free.peak_allocated = pool.allocated + small
+    free.run(two, steps[1])
+    small_reserved = -(-max(steps[1], default=small) // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
+    low = free.peak_allocated - small_reserved
+    cap = _smallest_cap(pool, two, steps[0], low, free.peak_reserved)
     return Reserve(
-        resident, load_peak, free.peak_allocated_bytes,
-        free.allocator.peak_reserved_bytes + free.small_reserved_bytes, required,
+        resident, load_peak, free.peak_allocated, free.peak_reserved + small_reserved,
+        cap + small_reserved,
     )  # fmt: skip
 
 
-class _Replay:
-    """A replay of the large pool beside the sum of the small one.
+def _smallest_cap(pool: LargePool, two: Events, settled: Events, low: int, high: int) -> int:
+    """Bisected over two steps; then as much more as a third step wants."""
+    floor = pool.reserved
+    low, high = max(low - 1, floor - 1), max(high, floor)
+    while high - low > max(ROUND_LARGE_BYTES, high // RESOLUTION):
+        middle = (low + high) // 2
+        if pool.copy().run(two, None, middle):
+            high = middle
+        else:
+            low = middle
+    while not pool.copy().run(settled, None, high):
+        high += max(ROUND_LARGE_BYTES, high // RESOLUTION)
+    return high
 
-    With a cap, an allocation that fails after the cached segments are given back raises the cap by
-    just what it lacks: one pass finds the smallest cap, from below.
-    """
 
-    def __init__(self, expandable_segments: bool) -> None:
-        self.allocator = CachingAllocator(expandable_segments=expandable_segments)
-        self.expandable = expandable_segments
-        self.peak_allocated_bytes = 0
-        self._blocks: dict[int, object] = {}
-        self._small: dict[int, int] = {}
-        self._small_bytes = self._small_peak = 0
+def _split(events: Events, small: int = 0) -> list[tuple[Events, list[int], int]]:
+    """Parts between emptied caches: large events, the most the small pool holds from each to the
+    next, and what it holds at the end."""
+    parts: list[tuple[Events, list[int], int]] = []
+    large: Events = []
+    levels: list[int] = []
+    sizes: dict[int, int] = {}
+    held: set[int] = set()
+    for key, size in events:
+        if size > SMALL_BYTES:
+            large.append((key, size))
+            levels.append(small)
+            held.add(key)
+        elif size:
+            sizes[key] = size
+            small += size
+            if levels and small > levels[-1]:
+                levels[-1] = small
+        elif key in sizes:
+            small -= sizes.pop(key)
+        elif (key, size) == EMPTY_CACHE:
+            parts.append((large, levels, small))
+            large, levels = [], []
+        else:
+            large.append((key, 0))
+            levels.append(small)
+    parts.append((large, levels, small))
+    return parts
 
-    @property
-    def allocated_bytes(self) -> int:
-        return self.allocator.allocated_bytes + self._small_bytes
 
-    @property
-    def small_reserved_bytes(self) -> int:
-        return -(-self._small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
+def _first_steps(program: Program, large: Events, steps: int) -> Events:
+    """The large events of the first `steps` of STEPS_TO_SETTLE steps."""
+    sizes = [block.nbytes for block in program.recorder.blocks]
+    per_step = sum(
+        sizes[index if index >= 0 else ~index] > SMALL_BYTES for index in program.recorder.events
+    )
+    return large[: len(large) - (STEPS_TO_SETTLE - steps) * per_step]
 
-    def reset_peaks(self) -> None:
-        self.allocator.reset_peaks()
-        self.peak_allocated_bytes = self.allocated_bytes
 
-    def run(self, events: Events) -> None:
-        """Feed (id, bytes) allocations and (id, 0) releases."""
-        allocator, blocks, small = self.allocator, self._blocks, self._small
-        malloc, free = allocator.malloc, allocator.free
-        small_bytes, small_peak, peak = self._small_bytes, self._small_peak, 0
-        for key, size in events:
-            if size > SMALL_BYTES:
-                try:
-                    blocks[key] = malloc(size)
-                except OutOfMemoryError:
-                    allocator.cap_bytes = allocator.reserved_bytes + self._segment_bytes(size)
-                    blocks[key] = malloc(size)
-            elif size:
-                small[key] = size
-                small_bytes += size
-                if small_bytes > small_peak:
-                    small_peak = small_bytes
-            elif key in blocks:
-                free(blocks.pop(key))  # type: ignore[arg-type]
-                continue
-            elif key >= 0:
-                small_bytes -= small.pop(key)
-                continue
-            elif (key, size) == EMPTY_CACHE:
-                allocator.empty_cache()
-                continue
-            live = allocator.allocated_bytes + small_bytes
-            if live > peak:
-                peak = live
-        self._small_bytes, self._small_peak = small_bytes, small_peak
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, peak)
-
-    def _segment_bytes(self, size: int) -> int:
-        if self.expandable or size < MIN_LARGE_BYTES:
-            return -(-size // LARGE_BUFFER_BYTES) * LARGE_BUFFER_BYTES
-        return -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
+def _expandable(program: Program, workspace_bytes: int) -> Reserve:
+    load = program.loading.events
+    steps = step_events(program, workspace_bytes, STEPS_TO_PEAK)
+    loaded = replay(load, expandable_segments=True)
+    stream = [*load, RESET_PEAKS, *steps]
+    free = replay(stream, expandable_segments=True)
+    required = smallest_cap(
+        stream, expandable_segments=True, resolution_bytes=free.peak_reserved_bytes // RESOLUTION
+    )
+    return Reserve(
+        loaded.allocated_bytes, loaded.peak_allocated_bytes, free.peak_allocated_bytes,
+        free.peak_reserved_bytes, required,
+    )  # fmt: skip
 
 
 def step_events(program: Program, workspace_bytes: int, steps: int) -> Events:
