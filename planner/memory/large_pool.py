@@ -121,10 +121,10 @@ class LargePool:
                 frees[block] = False
                 taken = size
             else:
-                place, count = bisect_left(sizes, size), len(sizes)
-                while place < count and not bins[sizes[place]]:
-                    place += 1
-                if place < count:
+                place = bisect_left(sizes, size)
+                while place < len(sizes) and not bins[sizes[place]]:
+                    del bins[sizes.pop(place)]
+                if place < len(sizes):
                     taken = sizes[place]
                     block = at.pop(bins[taken].pop(0))
                     frees[block] = False

@@ -25,6 +25,7 @@ from planner.memory.allocator import (
 from planner.memory.large_pool import LargePool
 from planner.memory.loading import Events
 from planner.memory.program import Program
+from planner.memory.storage import BLOCK_BYTES
 
 STEPS_TO_PEAK = 2  # the second step has optimizer states
 STEPS_TO_SETTLE = 3  # under a cap the layout of a third step still differs from the second's
@@ -49,56 +50,71 @@ def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -
     """Replay the run without a cap, then find the smallest cap."""
     if expandable_segments:
         return _expandable(program, workspace_bytes)
-    loading = _split(program.loading.events)
     pool = LargePool()
     small = 0
-    for large, levels, small in loading:
-        pool.run(large, levels)
+    for part in _split(program.loading.events):
+        pool.run(part.large, part.levels)
         pool.release_cached()
+        small = part.small_bytes
     resident, load_peak = pool.allocated + small, pool.peak_allocated
     pool.reset_peaks()
-    steps = _split(step_events(program, workspace_bytes, STEPS_TO_SETTLE), small)[0]
-    two = _first_steps(program, steps[0], STEPS_TO_PEAK)
+    first = _split(first_step(program, workspace_bytes), small)[0]
+    later = _split(later_step(program), first.small_bytes)[0]
     free = pool.copy()
     free.peak_allocated = pool.allocated + small
-    free.run(two, steps[1])
-    small_reserved = -(-max(steps[1], default=small) // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
-    low = free.peak_allocated - small_reserved
-    cap = _smallest_cap(pool, two, steps[0], low, free.peak_reserved)
+    free.run(first.large, first.levels)
+    free.run(later.large, later.levels)
+    small_peak = max(*first.levels, *later.levels, small)
+    small_reserved = -(-small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
+    low = max(free.peak_allocated - small_reserved, pool.reserved)
+    cap = _smallest_cap(pool, first.large, later.large, low, free.peak_reserved)
     return Reserve(
         resident, load_peak, free.peak_allocated, free.peak_reserved + small_reserved,
         cap + small_reserved,
     )  # fmt: skip
 
 
-def _smallest_cap(pool: LargePool, two: Events, settled: Events, low: int, high: int) -> int:
+def _smallest_cap(pool: LargePool, first: Events, later: Events, low: int, high: int) -> int:
     """Bisected over two steps; then as much more as a third step wants."""
-    floor = pool.reserved
-    low, high = max(low - 1, floor - 1), max(high, floor)
+
+    def completes(cap: int, steps: int) -> bool:
+        trial = pool.copy()
+        return trial.run(first, None, cap) and all(
+            trial.run(later, None, cap) for _ in range(steps - 1)
+        )
+
+    low, high = low - 1, max(high, low)
     while high - low > max(ROUND_LARGE_BYTES, high // RESOLUTION):
         middle = (low + high) // 2
-        if pool.copy().run(two, None, middle):
+        if completes(middle, STEPS_TO_PEAK):
             high = middle
         else:
             low = middle
-    while not pool.copy().run(settled, None, high):
+    while not completes(high, STEPS_TO_SETTLE):
         high += max(ROUND_LARGE_BYTES, high // RESOLUTION)
     return high
 
 
-def _split(events: Events, small: int = 0) -> list[tuple[Events, list[int], int]]:
-    """Parts between emptied caches: large events, the most the small pool holds from each to the
-    next, and what it holds at the end."""
-    parts: list[tuple[Events, list[int], int]] = []
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Events of the large pool, the most the small pool holds from each to the next, and what the
+    small pool holds at the end."""
+
+    large: Events
+    levels: list[int]
+    small_bytes: int
+
+
+def _split(events: Events, small: int = 0) -> list[_Part]:
+    """The parts between emptied caches. `small`: what the small pool holds at the start."""
+    parts: list[_Part] = []
     large: Events = []
     levels: list[int] = []
     sizes: dict[int, int] = {}
-    held: set[int] = set()
     for key, size in events:
         if size > SMALL_BYTES:
             large.append((key, size))
             levels.append(small)
-            held.add(key)
         elif size:
             sizes[key] = size
             small += size
@@ -107,29 +123,19 @@ def _split(events: Events, small: int = 0) -> list[tuple[Events, list[int], int]
         elif key in sizes:
             small -= sizes.pop(key)
         elif (key, size) == EMPTY_CACHE:
-            parts.append((large, levels, small))
+            parts.append(_Part(large, levels, small))
             large, levels = [], []
         else:
             large.append((key, 0))
             levels.append(small)
-    parts.append((large, levels, small))
+    parts.append(_Part(large, levels, small))
     return parts
-
-
-def _first_steps(program: Program, large: Events, steps: int) -> Events:
-    """The large events of the first `steps` of STEPS_TO_SETTLE steps."""
-    sizes = [block.nbytes for block in program.recorder.blocks]
-    per_step = sum(
-        sizes[index if index >= 0 else ~index] > SMALL_BYTES for index in program.recorder.events
-    )
-    return large[: len(large) - (STEPS_TO_SETTLE - steps) * per_step]
 
 
 def _expandable(program: Program, workspace_bytes: int) -> Reserve:
     load = program.loading.events
-    steps = step_events(program, workspace_bytes, STEPS_TO_PEAK)
     loaded = replay(load, expandable_segments=True)
-    stream = [*load, RESET_PEAKS, *steps]
+    stream = [*load, RESET_PEAKS, *first_step(program, workspace_bytes), *later_step(program)]
     free = replay(stream, expandable_segments=True)
     required = smallest_cap(
         stream, expandable_segments=True, resolution_bytes=free.peak_reserved_bytes // RESOLUTION
@@ -140,30 +146,27 @@ def _expandable(program: Program, workspace_bytes: int) -> Reserve:
     )  # fmt: skip
 
 
-def step_events(program: Program, workspace_bytes: int, steps: int) -> Events:
-    """Optimizer steps in a row. A workspace comes with the first product of each thread: the
-    forward's, and autograd's; optimizer states in the first optimizer step, gradients still there.
-    """
+def first_step(program: Program, workspace_bytes: int) -> Events:
+    """The first optimizer step. A workspace comes with the first product of each thread: the
+    forward's, and autograd's; optimizer states with the optimizer's, gradients still there."""
     recorder = program.recorder
-    sizes = [block.nbytes for block in recorder.blocks]
     starts = {instant.name: instant.start for instant in reversed(recorder.instants)}
     backward, optimizer = starts["backward"], starts["optimizer step"]
-    key = len(program.loading.events)  # ids of loading are below
-    events: Events = [(key, workspace_bytes)]
-    base = key + 2
-    events += _shifted(recorder.events[:backward], sizes, base)
-    events.append((key + 1, workspace_bytes))
-    events += _shifted(recorder.events[backward:optimizer], sizes, base)
-    states = base + len(sizes)
-    events += [(states + index, size) for index, size in enumerate(program.states.tensors)]
-    events += _shifted(recorder.events[optimizer:], sizes, base)
-    base = states + len(program.states.tensors)
-    for _ in range(steps - 1):
-        events += _shifted(recorder.events, sizes, base)
-        base += len(sizes)
-    return events
+    base = len(program.loading.events)  # ids of loading are below
+    events = _events(program, base)
+    stays = base + len(recorder.blocks)
+    states = [(stays + 2 + index, size) for index, size in enumerate(program.states.tensors)]
+    return [
+        (stays, workspace_bytes), *events[:backward], (stays + 1, workspace_bytes),
+        *events[backward:optimizer], *states, *events[optimizer:],
+    ]  # fmt: skip
 
 
-def _shifted(events: list[int], sizes: list[int], base: int) -> Events:
-    return [(base + i, sizes[i]) if i >= 0 else (base + ~i, 0) for i in events
-            if sizes[i if i >= 0 else ~i]]  # fmt: skip
+def later_step(program: Program) -> Events:
+    """Every further step: the recorded events. Nothing of a step outlives it, so ids come again."""
+    return _events(program, len(program.loading.events))
+
+
+def _events(program: Program, base: int) -> Events:
+    sizes = [block.nbytes or BLOCK_BYTES for block in program.recorder.blocks]
+    return [(base + i, sizes[i]) if i >= 0 else (base + ~i, 0) for i in program.recorder.events]

@@ -75,8 +75,10 @@ def activation(t: Engine, name: str, x: Tensor) -> Tensor:
 
 
 def swish_in_place(t: Engine, x: Tensor) -> Tensor:
-    """`x *= torch.sigmoid(x)`: nothing new but the sigmoid; saves both."""
+    """`x *= torch.sigmoid(x)`: nothing new but the sigmoid, and where a gradient is wanted a clone
+    of what is overwritten (VariableType's original_self); saves both."""
     gate = sigmoid(t, x)
+    original = t.new(x.shape, x.dtype, "clone (in place)") if t.wants_grad(x) else None
     t.count(3 * grad_bytes(x))
     shape, dtype = x.shape, x.dtype
 
@@ -84,7 +86,7 @@ def swish_in_place(t: Engine, x: Tensor) -> Tensor:
         other = t.new(shape, dtype, "mul (backward)")
         return t.new(shape, dtype, "mul (backward)"), other
 
-    return t.record(x.view(shape), (x, gate), (x, gate), backward)
+    return t.record(x.view(shape), (x, gate), (original, gate), backward)
 
 
 def pad_corner(t: Engine, x: Tensor) -> Tensor:
