@@ -10,9 +10,10 @@ from planner.errors import UnsupportedError
 
 
 @torch.no_grad()
-def image_token_ids(base: PreTrainedModel, pixel_values: Tensor, at_once: int = 4) -> Tensor:
-    """pixel_values (N, 3, H, W) -> token ids (N, tokens of an image), `at_once` images at a time
-    (the encoder holds 0.28 GiB in 16 bits for each 512-pixel image)."""
+def image_token_ids(base: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """pixel_values (N, 3, H, W) -> token ids (N, tokens of an image). Four 512-pixel images at a
+    time, or as many pixels: the encoder holds 0.28 GiB in 16 bits for each of those."""
+    at_once = max(1, 4 * 512 * 512 // (pixel_values.shape[-1] * pixel_values.shape[-2]))
     inner = base.model
     weight = next(inner.vqmodel.encoder.parameters())
     inner.vqmodel.eval()

@@ -1,0 +1,400 @@
+"""The planned fine-tune, run: data, checks, training, checkpoints, base against tuned, a report."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig
+
+from planner.errors import InputError, Problem, UnsupportedError, VramwiseError
+from planner.spec import RunSpec
+from recipes.build import Built, build
+from recipes.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from recipes.checks import (
+    Finding,
+    check_model,
+    check_padding,
+    check_precision,
+    check_samples,
+    check_schedule,
+    check_seed_habits,
+)
+from recipes.data.batches import Batches
+from recipes.data.encoding import Encoded, Encoder, pixels
+from recipes.data.schemas import questions_of, samples_of
+from recipes.data.tables import read_table
+from recipes.evaluation.questions import ENGLISH, SPANISH, Question, Wording, stratified
+from recipes.evaluation.results import Summary, compare, summarise, write_rich_csv, write_seed_csv
+from recipes.evaluation.scoring import (
+    Answer,
+    Prompt,
+    generate_answers,
+    letter_ids,
+    score_options,
+)
+from recipes.images import image_token_ids
+from recipes.layers import decoder_layers
+from recipes.lean import LeanOptions, LeanStep, reached_layers
+from recipes.models import load_config
+
+Say = Callable[[str], None]
+
+
+class TrainingError(VramwiseError):
+    """The run cannot go on; says what is kept."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's data, encoded: before any model is built."""
+
+    encoder: Encoder
+    training: list[Encoded]
+    held_out: list[Encoded]
+    questions: list[Question]
+    wording: Wording
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run came to. losses: one a step, resumed steps included; base, tuned: None without
+    questions; p_value: McNemar's, base against tuned; peaks are 0 off CUDA."""
+
+    steps: int
+    losses: list[float]
+    seconds: float
+    step_seconds: float
+    tokens_per_second: float
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    base: Summary | None
+    tuned: Summary | None
+    p_value: float | None
+    planned: dict[str, Any] | None
+    output: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        return asdict(self)
+
+
+def prepare(spec: RunSpec, config: PretrainedConfig, tokenizer: Any) -> Prepared:
+    """Read, split and encode the spec's data. Raises InputError; needs no model and no card."""
+    if spec.data is None:
+        raise InputError(Problem("data.source", "is required to train"))
+    samples = samples_of(read_table(spec.data.source), spec.data.format)
+    if spec.data.shuffle:
+        order = torch.randperm(
+            len(samples), generator=torch.Generator().manual_seed(spec.schedule.seed)
+        )
+        samples = [samples[place] for place in order.tolist()]
+    encoder = Encoder(tokenizer, config, spec.sequence_length, spec.data)
+    encoded = [encoder.sample(sample) for sample in samples]
+    cut = max(1, int(len(encoded) * spec.data.train_fraction))
+    if spec.schedule.samples is not None:
+        encoded = [*encoded[:cut][: spec.schedule.samples], *encoded[cut:]]
+        cut = min(cut, spec.schedule.samples)
+    learnable = [e for e in encoded[:cut] if any(label != -100 for label in e.labels[1:])]
+    held_out = encoded[cut:][: spec.schedule.evaluation_samples]
+    wording = ENGLISH if spec.evaluation and spec.evaluation.language == "en" else SPANISH
+    return Prepared(encoder, learnable or encoded[:cut], held_out, _questions(spec), wording)
+
+
+def check_settings(spec: RunSpec, step_s: float | None = None) -> list[Finding]:
+    """Findings that need neither data nor model."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    steps = spec.schedule.max_steps
+    scheduled = check_schedule(spec, steps, step_s) if steps else []
+    return [*check_precision(spec, capability), *check_seed_habits(spec), *scheduled]
+
+
+def check_data(spec: RunSpec, prepared: Prepared) -> list[Finding]:
+    """Findings about the encoded samples and their batches."""
+    config, tokenizer = prepared.encoder.config, prepared.encoder.tokenizer
+    batches = training_batches(spec, prepared)
+    return [
+        *check_samples(prepared.training, config, tokenizer.pad_token_id),
+        *check_padding(batches),
+        *(
+            []
+            if spec.schedule.max_steps
+            else check_schedule(spec, total_steps(spec, batches), None)
+        ),
+    ]
+
+
+def training_batches(spec: RunSpec, prepared: Prepared) -> Batches:
+    """The run's batches, in their order."""
+    data = spec.data
+    assert data is not None
+    return Batches(
+        prepared.training, spec.micro_batch_size, spec.gradient_accumulation_steps,
+        _pad_id(prepared.encoder.tokenizer), spec.schedule.seed,
+        spec.sequence_length if data.padding == "max_length" else None, data.group_by_length,
+    )  # fmt: skip
+
+
+def total_steps(spec: RunSpec, batches: Batches) -> int:
+    """Optimizer steps of the whole run."""
+    by_epochs = math.ceil(spec.schedule.epochs * batches.steps_per_epoch)
+    return spec.schedule.max_steps or by_epochs
+
+
+class Run:
+    """One training run on a folder. `train()` takes it from its newest checkpoint to its end."""
+
+    def __init__(
+        self, spec: RunSpec, output: Path, *, device: str = "cuda",
+        config: PretrainedConfig | None = None, tokenizer: Any = None,
+        weights: str | Path = "random", say: Say = lambda text: None,
+        options: LeanOptions = LeanOptions(),
+    ) -> None:  # fmt: skip
+        if spec.stack != "lean":
+            raise UnsupportedError('vramwise train runs the lean stack: set stack = "lean"')
+        self.spec, self.output, self.say = spec, output, say
+        output.mkdir(parents=True, exist_ok=True)
+        config = config or load_config(spec.model)
+        self.prepared = prepare(spec, config, tokenizer or tokenizer_of(spec))
+        self._stop_on_errors([*check_settings(spec), *check_data(spec, self.prepared)])
+        self.built: Built = build(spec, config=config, device=device, weights=weights)
+        self._fill_images()
+        self.batches = training_batches(spec, self.prepared)
+        self.steps = total_steps(spec, self.batches)
+        self.lean = LeanStep(self.built, spec, total_steps=self.steps, options=options)
+        layers = len(decoder_layers(self.built.base))
+        self._stop_on_errors(check_model(self.built.model, reached_layers(self.built), layers))
+        self.losses: list[float] = []
+        self._base_answers: list[Answer] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def train(self, stop_after: int | None = None) -> list[float]:
+        """Train to the end (or to step `stop_after`), saving as the spec says; all losses so far.
+
+        Raises TrainingError for a loss that is no number, CheckpointError for a checkpoint that
+        cannot be written or trusted. Nothing of an earlier checkpoint is touched by either.
+        """
+        self._resume()
+        every = self.spec.schedule.save_every_steps
+        last = min(self.steps, stop_after or self.steps)
+        while self.lean.step_index < last:
+            self._one_step()
+            done = self.lean.step_index
+            if done % (self.spec.schedule.evaluate_every_steps or self.steps + 1) == 0:
+                self.say(f"step {done}: held-out loss {self.held_out_loss():.4f}")
+            if (every and done % every == 0) or done == self.steps:
+                self.save()
+        return self.losses
+
+    def save(self) -> None:
+        """A checkpoint of now."""
+        trained = {n: p for n, p in self.built.model.named_parameters() if p.requires_grad}
+        made = save_checkpoint(
+            self.checkpoints, self.lean.step_index,
+            {"trained": {n: p.detach().cpu() for n, p in trained.items()},
+             "step": self.lean.state_dict(), "losses": self.losses,
+             "spec": self.spec.model_dump_json()},
+        )  # fmt: skip
+        self.say(f"step {made.step}: saved {made.path.name}")
+
+    def held_out_loss(self) -> float:
+        """Mean loss a token over the held-out samples; nan without any."""
+        total, count = 0.0, 0
+        held = Batches(
+            self.prepared.held_out, self.spec.evaluation_batch_size or self.spec.micro_batch_size,
+            1, _pad_id(self.prepared.encoder.tokenizer), 0,
+        )  # fmt: skip
+        for start in range(0, len(self.prepared.held_out), held.size):
+            places = range(start, min(start + held.size, len(self.prepared.held_out)))
+            loss, tokens = self.lean.evaluate(held.batch(list(places)))
+            total, count = total + loss.item(), count + tokens
+        return total / count if count else math.nan
+
+    def answers(self, tuned: bool = True) -> list[Answer]:
+        """The spec's questions answered by the tuned model, or by the base under its adapters."""
+        judged = self.spec.evaluation
+        assert judged is not None
+        prefix, prompts = self._prompts()
+        model, base = self.built.model, self.built.base
+        model.eval()
+        try:
+            if tuned or not hasattr(model, "disable_adapter"):
+                return self._answers(prefix, prompts)
+            with model.disable_adapter():
+                return self._answers(prefix, prompts)
+        finally:
+            model.train()
+            base.train()
+
+    def _answers(self, prefix: tuple[int, ...], prompts: list[Prompt]) -> list[Answer]:
+        judged, encoder, base = self.spec.evaluation, self.prepared.encoder, self.built.base
+        assert judged is not None
+        if judged.choose == "generate":
+            return generate_answers(base, encoder.tokenizer, prefix, prompts, beams=judged.beams)
+        letters = letter_ids(encoder.tokenizer, self.prepared.wording.ask)
+        return score_options(base, prefix, prompts, letters)
+
+    def _prompts(self) -> tuple[tuple[int, ...], list[Prompt]]:
+        encoder, wording = self.prepared.encoder, self.prepared.wording
+        prompts = []
+        for question in self.prepared.questions:
+            ids = encoder.question(question, wording)
+            if question.image is not None:
+                ids = self._filled(ids, self._tokens_of_images[question.image])
+            prompts.append(Prompt(ids))
+        return (*encoder.start, *encoder.text(wording.prefix)), prompts
+
+    def _one_step(self) -> None:
+        index = self.lean.step_index
+        loss = self.lean.step(self.batches.step(index)).item()
+        if not math.isfinite(loss):
+            kept = sorted(self.checkpoints.glob("step-*.json"))
+            rest = f"{kept[-1].stem} is kept" if kept else "there is no checkpoint yet"
+            raise TrainingError(f"the loss is {loss} at step {index + 1}: {rest}")
+        self.losses.append(loss)
+        _append(self.output / "losses.jsonl", {"step": index + 1, "loss": loss})
+
+    def _resume(self) -> None:
+        if self.lean.step_index:
+            return
+        found = load_checkpoint(self.checkpoints)
+        if found is None:
+            (self.output / "losses.jsonl").unlink(missing_ok=True)
+            return
+        checkpoint, state = found
+        if state["spec"] != self.spec.model_dump_json():
+            raise CheckpointError(f"{checkpoint.path} is of another spec: choose another folder")
+        parameters = dict(self.built.model.named_parameters())
+        with torch.no_grad():
+            for name, values in state["trained"].items():
+                parameters[name].copy_(values)
+        self.lean.load_state_dict(state["step"])
+        self.losses = list(state["losses"])
+        lines = [{"step": i + 1, "loss": loss} for i, loss in enumerate(self.losses)]
+        _rewrite(self.output / "losses.jsonl", lines)
+        self.say(f"going on from step {checkpoint.step}")
+
+    def _fill_images(self) -> None:
+        """Each image to its tokens, once, in the samples' own ids."""
+        groups = (self.prepared.training, self.prepared.held_out)
+        images = [s.image for samples in groups for s in samples if s.image is not None]
+        tokens = self._image_tokens([*images, *(q.image for q in self.prepared.questions)])
+        for samples in groups:
+            for place, sample in enumerate(samples):
+                if sample.image is not None:
+                    ids = self._filled(sample.ids, tokens[sample.image])
+                    samples[place] = replace(sample, ids=ids)
+        self._tokens_of_images = tokens
+
+    def _image_tokens(self, images: list[str | bytes | None]) -> dict[str | bytes, list[int]]:
+        """Token ids of each distinct image, a few hundred pictures in memory at once."""
+        distinct = [image for image in dict.fromkeys(images) if image is not None]
+        found: dict[str | bytes, list[int]] = {}
+        for start in range(0, len(distinct), 256):
+            part = distinct[start : start + 256]
+            size = self.built.config.vq_config.resolution
+            ids = image_token_ids(self.built.base, torch.stack([pixels(i, size) for i in part]))
+            found.update(zip(part, ids.tolist(), strict=True))
+        return found
+
+    def _filled(self, ids: tuple[int, ...], tokens: list[int]) -> tuple[int, ...]:
+        """Placeholders replaced in order; a cut sample may hold fewer than all."""
+        rest, placeholder = iter(tokens), self.built.config.image_token_id
+        return tuple(next(rest) if i == placeholder else i for i in ids)
+
+    def _stop_on_errors(self, findings: list[Finding]) -> None:
+        for finding in findings:
+            if finding.severity != "error":
+                self.say(str(finding))
+        errors = [f for f in findings if f.severity == "error"]
+        if errors:
+            raise InputError(Problem(finding.subject, finding.text) for finding in errors)
+
+
+def run(
+    spec: RunSpec, output: Path, *, planned: dict[str, Any] | None = None, **arguments: Any
+) -> Report:
+    """Prepare, train to the end, judge base against tuned, write report.json and the CSV files."""
+    run = Run(spec, output, **arguments)
+    on_cuda = run.built.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    base = run.answers(tuned=False) if run.prepared.questions else None
+    before, began = len(run.losses), time.perf_counter()
+    losses = run.train()
+    seconds = time.perf_counter() - began
+    fresh = max(1, len(losses) - before)
+    tokens = spec.micro_batch_size * spec.gradient_accumulation_steps * spec.sequence_length
+    tuned = run.answers() if run.prepared.questions else None
+    judged = judge(output, run.prepared.questions, base, tuned)
+    report = Report(
+        steps=len(losses), losses=losses, seconds=seconds, step_seconds=seconds / fresh,
+        tokens_per_second=tokens * fresh / seconds,
+        peak_allocated_bytes=torch.cuda.max_memory_allocated() if on_cuda else 0,
+        peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda else 0,
+        base=judged[0], tuned=judged[1], p_value=judged[2], planned=planned, output=str(output),
+    )  # fmt: skip
+    if hasattr(run.built.model, "save_pretrained"):
+        run.built.model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
+    (output / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", "utf-8")
+    return report
+
+
+def judge(
+    output: Path, questions: list[Question], base: list[Answer] | None, tuned: list[Answer] | None
+) -> tuple[Summary | None, Summary | None, float | None]:
+    """Write the four CSV files; (base, tuned, McNemar's p-value), Nones without answers."""
+    if base is None or tuned is None:
+        return None, None, None
+    write_seed_csv(output / "evaluation_results_base.csv", questions, base)
+    write_seed_csv(output / "evaluation_results_testing.csv", questions, tuned)
+    write_rich_csv(output / "evaluation_base.csv", questions, base, "base")
+    write_rich_csv(output / "evaluation_tuned.csv", questions, tuned, "tuned")
+    summaries = summarise(questions, base), summarise(questions, tuned)
+    return (*summaries, compare(questions, base, tuned))
+
+
+def _questions(spec: RunSpec) -> list[Question]:
+    judged = spec.evaluation
+    if judged is None:
+        return []
+    table = read_table(judged.source, "test", "evaluation.source")
+    questions = questions_of(table, judged.format)
+    if judged.sample == "first":
+        return questions[: judged.questions]
+    return stratified(questions, judged.questions, spec.schedule.seed)
+
+
+def tokenizer_of(spec: RunSpec) -> Any:
+    """The spec's tokenizer, or its model's. Raises InputError."""
+    name = (spec.data.tokenizer if spec.data else None) or spec.model
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(Problem("data.tokenizer", f"cannot be read: {reason}", name)) from None
+
+
+def _pad_id(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
+
+
+def _append(path: Path, values: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
