@@ -21,8 +21,12 @@ from probes.store import read
 from probes.worker import Worker
 
 _HEAD = 'model="facebook/chameleon-7b"\noptimizer="adamw_torch"\nsteps=2\nwarmup_steps=1\n'
-_FIFTY = _HEAD + "[grid]\nsequence_length=[{}]\ngradient_checkpointing=[true,false]\n".format(
-    ",".join(str(8 + i) for i in range(25))
+_FIFTY = (
+    _HEAD.replace("facebook/chameleon-7b", "Qwen/Qwen2.5-0.5B")
+    + 'quantization="none"\n'
+    + "[grid]\nsequence_length=[{}]\ngradient_checkpointing=[true,false]\n".format(
+        ",".join(str(8 + i) for i in range(25))
+    )
 )
 
 

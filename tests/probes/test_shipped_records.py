@@ -1,0 +1,88 @@
+"""The records in results/ against measurements made by another script, and against each other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from planner.units import GIB
+from probes.records import Meters, Record
+from probes.store import latest, read
+
+STORE = Path(__file__).parents[2] / "results" / "records"
+
+# The project's first measurements on an H200 (stock Trainer, a plain script, checkpoints saved to
+# disk and loaded with from_pretrained), GiB: targets, rank, method, quantization, micro batch,
+# tokens, checkpointing, precision -> resident, peak allocated.
+ROWS = {
+    ("lm_head", 8, "lora", "nf4", 1, 512, True, "bf16"): (5.239, 6.448),
+    ("lm_head", 8, "lora", "nf4", 1, 512, True, "fp16"): (5.239, 6.451),
+    ("lm_head", 8, "lora", "nf4", 16, 512, True, "bf16"): (5.239, 16.027),
+    ("lm_head", 8, "lora", "nf4", 16, 512, False, "bf16"): (5.239, 11.370),
+    ("all-linear", 16, "lora", "nf4", 1, 512, True, "bf16"): (5.385, 6.899),
+    ("all-linear", 16, "lora", "nf4", 4, 1024, False, "bf16"): (5.385, 50.538),
+    ("all-linear", 16, "lora", "none", 8, 1024, True, "bf16"): (13.268, 21.754),
+    ("all-linear", 16, "full", "none", 8, 1024, True, "bf16"): (13.119, 42.759),
+}
+
+
+def records() -> list[Record]:
+    found, faults = read(STORE)
+    assert not faults
+    assert found
+    return latest(found)
+
+
+def row_of(record: Record) -> tuple[object, ...]:
+    s = record.spec
+    names = s.lora.target_modules
+    targets = names if isinstance(names, str) else ",".join(names)
+    return (targets, s.lora.rank, s.method, s.quantization, s.micro_batch_size, s.sequence_length,
+            s.gradient_checkpointing, s.precision)  # fmt: skip
+
+
+def test_first_measured_rows_are_met() -> None:
+    """Within 0.5 % of another script's resident and peak allocated bytes."""
+    met = [r for r in records() if r.campaign == "measured-rows" and row_of(r) in ROWS]
+    assert len(met) >= 7
+    for record in met:
+        assert record.meters is not None
+        resident, peak = ROWS[row_of(record)]  # type: ignore[index]
+        assert record.meters.resident_bytes / GIB == pytest.approx(resident, rel=0.005)
+        assert record.meters.peak_allocated_bytes / GIB == pytest.approx(peak, rel=0.005)
+
+
+def test_required_capacity_lies_between_its_bounds() -> None:
+    """At least what is live at the peak; at most what a run without a cap reserves, but for the
+    width of the bracket."""
+    bisected = [r.meters for r in records() if r.meters is not None and r.meters.capacity]
+    assert bisected
+    for meters in bisected:
+        capacity = meters.capacity
+        assert capacity is not None
+        assert capacity.passed_cap_bytes >= meters.peak_allocated_bytes
+        most = max(phase.peak_reserved_bytes for phase in meters.phases.values())
+        assert (capacity.failed_cap_bytes or 0) < capacity.passed_cap_bytes <= most * 1.03
+
+
+def test_same_spec_measured_again_agrees() -> None:
+    """Fresh processes, used processes, one card or another: bytes within 0.5 %."""
+    same: dict[str, list[Meters]] = defaultdict(list)
+    for record in records():
+        if record.meters is not None:
+            spec = record.spec.model_dump_json(exclude={"schedule", "device", "device_memory"})
+            same[spec].append(record.meters)
+    for group in same.values():
+        for name in ("resident_bytes", "peak_allocated_bytes", "peak_reserved_bytes"):
+            values = [getattr(meters, name) for meters in group]
+            tolerance = 0.005 if name != "peak_reserved_bytes" else 0.02
+            assert max(values) <= min(values) * (1 + tolerance), (name, values)
+
+
+def test_phases_hold_the_peak_that_is_told() -> None:
+    for record in records():
+        if record.meters is not None:
+            peak = record.meters.phases[record.meters.peak_phase].peak_allocated_bytes
+            assert peak == record.meters.peak_allocated_bytes
