@@ -34,6 +34,23 @@ def adapt_lean(base: PreTrainedModel, spec: RunSpec) -> torch.nn.Module:
         return get_peft_model(base, lora_config(spec))
 
 
+def _dropout_kernels(p: float, compiled: bool) -> tuple[Any, Any]:
+    """Generated for CUDA: one kernel each, which keeps no mask."""
+    return (lambda x, seed: torch.empty_like(x)), (lambda x, y, seed: torch.empty_like(x))
+
+
+def _entropy_kernel(compiled: bool, softcap: float | None, with_grad: bool) -> Any:
+    """Generated for CUDA: a loss and, where wanted, the gradient in the logits' dtype; between
+    its reductions only a float a row."""
+
+    def entropy(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = logits.new_empty((logits.shape[0], 1), dtype=torch.float32)
+        loss = rows.new_empty(())
+        return loss, torch.empty_like(logits) if with_grad else None
+
+    return entropy
+
+
 class LeanRun:
     """`recipes.lean.LeanStep` under a recorder; `run` is one optimizer step."""
 
@@ -77,6 +94,8 @@ class LeanRun:
         stack.enter_context(
             mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)
         )
+        stack.enter_context(mock.patch("recipes.dropout._kernels", _dropout_kernels))
+        stack.enter_context(mock.patch("recipes.loss._entropy_kernel", _entropy_kernel))
         stack.enter_context(self.semantics)
         return stack
 

@@ -13,6 +13,7 @@ from typing import Any
 Standin = Callable[[Any, Any, tuple, dict[str, Any]], Any]
 _TABLE: dict[str, Standin] = {}
 _FILES = (
+    "adapted_linear",
     "attention", "bitsandbytes_4bit", "bitsandbytes_8bit", "dropout", "foreach", "indexing",
     "normalisation",
 )  # fmt: skip
