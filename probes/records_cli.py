@@ -110,7 +110,7 @@ def filtered(table: pd.DataFrame, conditions: list[str]) -> pd.DataFrame:
             near = nearest_name(field, table.columns)
             raise InputError(Problem("--where", "is not FIELD=VALUE of a field that the records "
                                      "have", condition, nearest=near))  # fmt: skip
-        table = table[table[field].map(_text).str.lower() == value.lower()]
+        table = table[[str(_text(found)).lower() == value.lower() for found in table[field]]]
     return table
 
 
