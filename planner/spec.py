@@ -185,6 +185,8 @@ def parse_mapping(text: str, name: str) -> dict[str, Any]:
         raise InputError(Problem("spec", "is empty", name, "a TOML table or a JSON object"))
     try:
         values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except RecursionError:
+        raise InputError(Problem("spec", "is nested too deeply", name)) from None
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(Problem("spec", f"is neither TOML nor JSON: {error}", name)) from None
     return dict(values)
