@@ -39,14 +39,14 @@ class VqEncoder:
         self.vq = vq
         self.prefix = prefix
 
-    def codes(self, pixels: Tensor) -> Tensor:
-        """Ids of the codebook entries, (N · codes,) int64. All else is dropped on return."""
+    def encode(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Ids of the codebook entries, (N · codes,) int64, and the rest of the output: what holds
+        the graph as long as it lives."""
         hidden = self._encoder(pixels)
         projected = self._conv("quant_conv", hidden)
         with self.t.recorder.scope(f"{self.prefix}quantize"):
             indices, quantized = self._quantize(projected)
-        del quantized  # last_hidden_state, quantized_last_hidden_state: of the dropped output
-        return indices
+        return indices, (hidden, quantized)
 
     def _encoder(self, pixels: Tensor) -> Tensor:
         """ChameleonVQVAEEncoder.forward: every level's maps stay in a list to its end."""

@@ -48,7 +48,7 @@ class Decoder:
     def layers(self, hidden: Tensor, masks: Masks | None = None) -> Tensor:
         """All decoder layers and the last norm. hidden: (B, S, D); masks: of a family that makes
         its own."""
-        t, kinds = self.t, self.g.layer_types
+        t, kinds = self.t, self.loaded.layer_kinds(self.g.layer_types)
         self.rows = hidden.shape[0], hidden.shape[1]
         masks = masks or {kind: self._mask(kind, hidden) for kind in dict.fromkeys(kinds)}
         if self.g.rotary_by_layer_type:
@@ -58,10 +58,14 @@ class Decoder:
         for index, kind in enumerate(kinds):
             prefix = f"{self.prefix}layers.{index}."
             layer = partial(self.layer, prefix, masks[kind], rotary[kind])
+            t.recorder.mark(("forward", index))
             if self.loaded.spec.gradient_checkpointing:
                 hidden = t.checkpoint(layer, hidden)
             else:
                 hidden = layer(hidden)
+            if hidden.node is not None:
+                hidden.node.mark = ("backward", index)
+        t.recorder.mark(("forward", len(kinds)))
         return self.norm(f"{self.prefix}norm", hidden)
 
     def layer(self, prefix: str, mask: Tensor | None, rotary: Rotary, hidden: Tensor) -> Tensor:
@@ -140,9 +144,10 @@ class Decoder:
         heads = (g.num_attention_heads, g.num_key_value_heads, g.num_key_value_heads)
         names, norms = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm", "")
         if g.qk_norm == "chameleon":
-            made = [nn.linear(t, self.loaded.linear(path + name), hidden) for name in names]
-            normed = [self._grouped_norm(path, norms[i], made[i], heads[i]) for i in range(2)]
-            q, k, v = (self._heads(x, n) for x, n in zip((*normed, made[2]), heads, strict=True))
+            q, k, v = (nn.linear(t, self.loaded.linear(path + name), hidden) for name in names)
+            q = self._grouped_norm(f"{path}q_norm", q, heads[0])
+            k = self._grouped_norm(f"{path}k_norm", k, heads[1])
+            q, k, v = (self._heads(x, n) for x, n in zip((q, k, v), heads, strict=True))
             return q, k, v
         if g.fused_projections:
             both = nn.linear(t, self.loaded.linear(f"{path}qkv_proj"), hidden)
@@ -161,15 +166,14 @@ class Decoder:
             q, k = self.norm(f"{path}q_norm", q), self.norm(f"{path}k_norm", k)
         return q, k, v
 
-    def _grouped_norm(self, path: str, name: str, x: Tensor, heads: int) -> Tensor:
+    def _grouped_norm(self, path: str, x: Tensor, heads: int) -> Tensor:
         """ChameleonLayerNorm over each head, with a weight and a bias a head."""
-        t, path = self.t, path + name
+        t = self.t
         batch, length, _ = x.shape
         with t.recorder.scope(path):
             x = t.reshape(x, (batch * length, heads, self.g.head_dim))
             x = nn.layer_norm(t, x)
-            x = t.mul(x, self.loaded.parameter(path))
-            return t.add(x, self.loaded.parameter(path, "bias"))
+            return t.add(t.mul(x, self.loaded.parameter(path)), self.loaded.parameter(path, "bias"))
 
     def _heads(self, x: Tensor, heads: int, norm: str = "") -> Tensor:
         """(B, S, h·d), or Chameleon's (B·S, h, d), to (B, h, S, d)."""

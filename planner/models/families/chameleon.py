@@ -160,7 +160,7 @@ def _image_features(
 ) -> Tensor:
     """get_image_features: the embeddings of the images' codes, (N, codes, D)."""
     encoder = VqEncoder(t, decoder.loaded, geometry.vq, "model.vqmodel.")
-    indices = encoder.codes(pixels)
+    indices, _outputs = encoder.encode(pixels)  # alive until this function returns
     ids = t.new(indices.shape, DType.INT32, "to (codes, from the host)")
     return decoder.embed(ids.view((pixels.shape[0], geometry.vq.codes)))
 
