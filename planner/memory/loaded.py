@@ -29,8 +29,13 @@ class Loaded:
     tree: ModelTree
     adapted: frozenset[str]
     unquantized: frozenset[str] = frozenset()
+    decoder_layers: int | None = None  # run only so many of them
     leaves: dict[str, Any] = field(default_factory=dict)
     _linears: dict[str, Linear] = field(default_factory=dict)
+
+    def layer_kinds(self, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The decoder layers to run."""
+        return kinds if self.decoder_layers is None else kinds[: self.decoder_layers]
 
     @cached_property
     def positions(self) -> dict[str, int]:

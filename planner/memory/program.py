@@ -130,9 +130,9 @@ def forward_of(model: Model) -> Forward:
             "`vramwise fit --exact` traces it instead"
         )
 
-    def run_forward(engine: Engine, loaded: Loaded, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss, logits = forward(engine, loaded, model.geometry, batch)
-        return loss, logits
+    def run_forward(engine: Engine, loaded: Loaded, batch: Batch) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = forward(engine, loaded, model.geometry, batch)
+        return outputs
 
     return run_forward
 

@@ -31,7 +31,8 @@ class Batch:
     pixels: Tensor | None = None
 
 
-Forward = Callable[[Engine, Loaded, Batch], tuple[Tensor, Tensor]]
+# loss, logits, and what else the model hands back (image_hidden_states)
+Forward = Callable[[Engine, Loaded, Batch], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,13 @@ def stock_loss(engine: Engine, loaded: Loaded, forward: Forward, batch: Batch) -
     precision = loaded.spec.precision
     autocast = None if precision == "fp32" else COMPUTE[precision]
     with engine.autocast(autocast):
-        loss, logits = forward(engine, loaded, batch)
+        loss, *outputs = forward(engine, loaded, batch)
     recorder = engine.recorder
     if autocast is not None:
         with recorder.scope("accelerate (outputs to fp32)"):
-            converted = engine.to(logits, F32, "float (outputs)")
+            converted = [engine.to(output, F32, "float (outputs)") for output in outputs]
         del converted
-    del logits
+    del outputs
     if precision == "fp16":
         loss = engine.scale(loss, "mul (loss scale)")
     return loss

@@ -114,6 +114,9 @@ class Recorder:
         self._peak = self.live_bytes
         self._peak_event = len(self.events)
 
+    def mark(self, label: tuple[str, int]) -> None:
+        """Called where a decoder layer's forward or backward starts; used by planner.memory.many."""
+
     @contextmanager
     def scope(self, module: str) -> Iterator[None]:
         """Attribute what is allocated inside to `module`."""
@@ -132,12 +135,3 @@ class Recorder:
             else:
                 del live[~index]
         return list(live.values())
-
-
-class ArrayRecorder(Recorder):
-    """A recorder whose sizes are numpy arrays: peaks are element-wise, and no event is kept."""
-
-    def note_peak(self) -> None:
-        import numpy as np
-
-        self._peak = np.maximum(self._peak, self.live_bytes)

@@ -99,7 +99,7 @@ class Node:
     graph.
     """
 
-    __slots__ = ("apply", "buffer", "edges", "instant", "kept", "module", "queued", "saved", "seq")
+    __slots__ = ("apply", "buffer", "edges", "kept", "mark", "module", "queued", "saved", "seq")
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Node:
         self.kept: Any = None
         self.buffer: Tensor | None = None
         self.queued = False
-        self.instant: str | None = None
+        self.mark: tuple[str, int] | None = None  # the first node of a layer's backward
 
 
 class StopRecomputation(Exception):  # noqa: N818 - the name torch gives it
@@ -136,8 +136,8 @@ def run_backward(engine: Any, root: Node, grad: Tensor) -> None:
 
 def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
     recorder = engine.recorder
-    if node.instant is not None:
-        recorder.enter(node.instant)
+    if node.mark is not None:
+        recorder.mark(node.mark)
     recorder.module = node.module
     grad = node.buffer
     node.buffer = None
