@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeat", type=int, help="a number that makes this a probe of its own")
     parser.add_argument("--store", type=Path, default=_DEFAULT_STORE, help="where records go")
     parser.add_argument("--also", type=Path, action="append", default=[],
-                        help="records that count as done, too")  # fmt: skip
+                        help="another store, whose records of this device count")  # fmt: skip
     parser.add_argument("--retry", default="", help="outcomes to measure again: crash,timeout")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a probe may take")
     parser.add_argument("--load-timeout", type=float, default=300.0, help="seconds a load may take")
@@ -91,7 +91,8 @@ def _sweep(
     folder = arguments.store / device_folder(cards[0].name if cards else "cpu")
     for fault in read(folder)[1]:
         print(f"warning: {fault}", file=sys.stderr)
-    ledger = Ledger(folder, tuple(arguments.also), tuple(filter(None, arguments.retry.split(","))))
+    also = tuple(place / folder.name for place in arguments.also)  # other cards' don't count
+    ledger = Ledger(folder, also, tuple(filter(None, arguments.retry.split(","))))
     groups, done = _groups(campaigns, ledger.done())
     left = [point.key for group in groups for point in group.points]
     settings = Settings(
