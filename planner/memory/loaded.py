@@ -128,10 +128,5 @@ class Loaded:
 
 
 def compute_dtype(spec: RunSpec) -> DType:
-    """bnb_4bit_compute_dtype of the reference workload: that of the autocast, bf16 without one."""
-    return {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}[spec.precision]
-
-
-def matches(path: str, names: Mapping[str, Any] | tuple[str, ...]) -> bool:
-    """peft's rule for a list of target modules: equal, or ending in a dot and the name."""
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    """bnb_4bit_compute_dtype of the reference workload: the dtype of the weights."""
+    return DType(spec.weights_dtype)
