@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -38,16 +38,17 @@ class Seeds:
 
 def fuse(model: nn.Module, device: torch.device) -> Seeds:
     """Fuse every adapter and frozen 4-bit linear the operator covers; returns their seeds."""
-    modules = [module for module in model.modules() if _covered(module)]
+    modules: list[Any] = [module for module in model.modules() if _covered(module)]
     inner = {id(m.base_layer) for m in modules if isinstance(m, LoraLayer)}
     modules = [module for module in modules if id(module) not in inner]
     seeds = Seeds(len(modules), device)
     for ordinal, module in enumerate(modules):
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
         module._frozen = _frozen(base)
         module._seed = seeds.values[ordinal]
         mixin = _FusedLora if isinstance(module, LoraLayer) else _FusedFrozen
-        module.__class__ = _fused_class(mixin, type(module))
+        original: Any = type(module)
+        module.__class__ = _fused_class(mixin, original)
     return seeds
 
 
@@ -67,7 +68,7 @@ def _covered(module: nn.Module) -> bool:
 
 def _frozen(base: nn.Linear) -> dict[str, Any]:
     """The frozen weight's tensors, as plain ones: sharing storage, not subclasses."""
-    weight = base.weight.detach().as_subclass(Tensor)  # type: ignore[arg-type]
+    weight = base.weight.detach().as_subclass(Tensor)
     shape = [base.out_features, base.in_features]
     state = getattr(base.weight, "quant_state", None)
     if state is None:
@@ -104,22 +105,23 @@ class _FusedFrozen:
 
 
 @torch.no_grad()
-def linear_backward(module: Any, x: Tensor, grad: Tensor) -> Tensor:
+def linear_backward(linear: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
     """Gradient at the input x of a fused or plain frozen linear, given the gradient at its
     output; the adapter's gradients are added to its parameters. Nothing of the forward is kept."""
-    if type(module) is nn.Linear:
-        return grad @ module.weight
+    module: Any = linear
+    if type(linear) is nn.Linear:
+        return grad @ linear.weight
     frozen = module._frozen
-    if not isinstance(module, LoraLayer):
+    if not isinstance(linear, LoraLayer):
         return adapted_linear_backward(
             grad, None, grad.new_empty(0), **frozen, a=None, b=None, seed=None, scaling=1.0,
             dropout=0.0, needs_input=True,
         )[0]  # fmt: skip
     name = module.active_adapters[0]
-    a, b = module.lora_A[name].weight, module.lora_B[name].weight  # type: ignore[index, union-attr]
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
     p = float(getattr(module.lora_dropout[name], "p", 0.0)) if module.training else 0.0
     rows = x.reshape(-1, x.shape[-1])
-    seed: Tensor = module._seed  # type: ignore[assignment]
+    seed: Tensor = module._seed
     u = (dropped(rows, seed, p) if p else rows) @ a.to(x.dtype).t()
     dx, da, db = adapted_linear_backward(
         grad, x, u, **frozen, a=a, b=b, seed=seed, scaling=module.scaling[name], dropout=p,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.units import format_gib, format_seconds
+from recipes.console import note, out
 
 _LORA = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "target_modules": "all-linear"}
 _NF4 = {
@@ -88,10 +89,10 @@ def main(argv: list[str] | None = None) -> int:
         row = _run(case, left) if left > 10 else {"name": _label(case), "error": "no time left"}
         failed += "error" in row
         rows.append(row)
-        print(_line(row), flush=True)
+        out(_line(row))
         if arguments.out:
             _write(arguments.out, rows)
-    print("\n" + table(rows))
+    out("\n" + table(rows))
     return 1 if failed else 0
 
 
@@ -108,7 +109,7 @@ def _run(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"name": _label(case), "error": f"stopped after {limit_s:.0f} s"}
     if case.get("profile"):
-        print(done.stderr, file=sys.stderr, flush=True)
+        note(done.stderr)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"name": _label(case), "error": done.stderr.strip()[-1500:]}

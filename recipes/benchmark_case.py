@@ -5,13 +5,14 @@ Reads a case as JSON on standard input, prints its row as the last line of stand
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import TrainerCallback
 
 from planner.spec import RunSpec, spec_from_mapping
 from recipes.build import Built, build
+from recipes.console import note, out
 from recipes.evaluation.scoring import Prompt, generate_answers, score_options
 from recipes.lean import LeanOptions, LeanStep
 from recipes.stock import stock_trainer
@@ -69,7 +71,7 @@ class _Meter:
         first = self._case.warm_steps - 1
         last = self._case.warm_steps + self._case.timed_steps
         ends = self.ends[first:last]
-        return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(ends)]
 
     def _read_peaks(self) -> None:
         if self._on_cuda:
@@ -164,7 +166,7 @@ def _lean(built: Built, spec: RunSpec, case: Case, meter: _Meter) -> list[float]
         losses.append(step.step(batches))
         meter.end()
     if case.profile:
-        print(profiled(lambda: step.step(batches)), file=sys.stderr, flush=True)
+        note(profiled(lambda: step.step(batches)))
     return [loss.item() for loss in losses]
 
 
@@ -264,18 +266,15 @@ def main() -> None:
     """Run the case on standard input."""
     values = json.load(sys.stdin)
     if "evaluation" in values["name"]:
-        print(json.dumps(evaluation_row(values)), flush=True)
+        out(json.dumps(evaluation_row(values)))
         return
     if values.get("name") == "matrix rate":
         row = {"name": "matrix rate", "flops_per_s": matrix_rate_flops(),
                "device": torch.cuda.get_device_name(0), "torch": torch.__version__}  # fmt: skip
     else:
         row = run(Case(**values))
-    print(json.dumps(row), flush=True)
+    out(json.dumps(row))
 
 
 if __name__ == "__main__":
     main()
-
-
-__all__ = ["Case", "asdict", "matrix_rate_flops", "run", "useful_flops"]

@@ -85,8 +85,8 @@ def check_model(model: nn.Module, reached: int, layers: int) -> list[Finding]:
     found = []
     deaf = [n for n, p in model.named_parameters() if p.requires_grad and "vqmodel" in n]
     if deaf:
-        found.append(Finding("warning", "method", f"{len(deaf)} tensors of the image tokenizer are "
-                     "set to train and get no gradient (an argmin stands behind them)"))  # fmt: skip
+        found.append(Finding("warning", "method", f"{len(deaf)} tensors of the image tokenizer "
+                     "are set to train and get no gradient (an argmin is behind)"))  # fmt: skip
     silent = [n for n, p in model.named_parameters() if p.requires_grad and p.numel() == 0]
     if silent:
         found.append(Finding("error", "method", f"{len(silent)} trained tensors are empty"))
@@ -138,9 +138,10 @@ def checkpoint_bytes(spec: RunSpec) -> int:
 def check_precision(spec: RunSpec, capability: tuple[int, int] | None) -> list[Finding]:
     """Formats the card lacks; formats that do not go together."""
     found = []
-    if capability and capability < (8, 0) and "bf16" in (spec.precision,):
-        found.append(Finding("warning", "precision", "this card has no bf16 tensor cores (compute "
-                     f"capability {capability[0]}.{capability[1]}): it is emulated, slowly"))  # fmt: skip
+    if capability and capability < (8, 0) and spec.precision == "bf16":
+        level = ".".join(map(str, capability))
+        found.append(Finding("warning", "precision", "this card has no bf16 tensor cores "
+                     f"(compute capability {level}): it is emulated, slowly"))  # fmt: skip
     if spec.precision == "fp16" and spec.weights_dtype == "bfloat16":
         found.append(Finding("warning", "precision", "fp16 autocast over weights published in "
                      "bfloat16 overflows above 65504; bf16 needs no loss scaling"))  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("spec", help="a TOML or JSON file, - for standard input, or the name of a "
                         "shipped configuration (chameleon-7b-spanish)")  # fmt: skip
     parser.add_argument("--output", default="runs/latest", help="where checkpoints and results go; "
-                        "a run that was stopped goes on from its newest checkpoint there")  # fmt: skip
+                        "a stopped run goes on from its newest checkpoint there")  # fmt: skip
     parser.add_argument("--weights", default="random", help="a checkpoint's folder or Hub name, or "
                         "'random' for random weights (to time a run)")  # fmt: skip
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
@@ -135,6 +134,3 @@ def _parser() -> argparse.ArgumentParser:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-__all__ = ["asdict", "expectation", "report_text", "run"]

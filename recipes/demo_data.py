@@ -86,7 +86,8 @@ def demo_config(tokenizer: Any) -> PretrainedConfig:
     """A Chameleon of under a million parameters; a picture is 16 tokens."""
     return ChameleonConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.125,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+        initializer_range=0.125,
         vocabulary_map=chameleon_vocabulary_map(CODES, placeholder_id=4 + CODES),
         vq_config={
             "num_embeddings": CODES, "embed_dim": 16, "latent_channels": 16, "resolution": SIZE,

@@ -41,7 +41,7 @@ class LayerOptions:
 
 def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
     """The language model's decoder layers, first to last."""
-    lists = [
+    lists: list[list[nn.Module]] = [
         [layer for layer in module if isinstance(layer, GradientCheckpointingLayer)]
         for name, module in base.named_modules()
         if isinstance(module, nn.ModuleList) and name.split(".")[-1] == "layers"
@@ -77,7 +77,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forward(
-    layer: nn.Module, original: Callable[..., Any], whole: Callable[..., Any],
+    layer: Any, original: Callable[..., Any], whole: Callable[..., Any],
     body: Callable[..., Any], checkpoint: bool, split: bool, hidden_states: Tensor, **kwargs: Any,
 ) -> Any:  # fmt: skip
     if kwargs.get("past_key_values") is not None or not layer.training:
@@ -102,7 +102,7 @@ def _whole(layer: nn.Module, hidden: Tensor, **kwargs: Any) -> Tensor:
 
 
 def _body(layer: Any, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """A layer up to its last linear: (the residual after attention, the down projection's input)."""
+    """A layer up to its last linear: (residual after attention, the down projection's input)."""
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)
     residual = hidden + attended
     x = layer.post_attention_layernorm(residual)
@@ -119,7 +119,7 @@ class _Recomputed(torch.autograd.Function):
         return run(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         hidden = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1])
         with torch.enable_grad():
             out = ctx.run(hidden)
@@ -140,14 +140,14 @@ class _Split(torch.autograd.Function):
         return run(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         hidden = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[3])
         with torch.enable_grad():
             residual, x = ctx.body(hidden)
         d_x = linear_backward(ctx.tail, x.detach(), grad)
         roots = [(out, g) for out, g in ((residual, grad), (x, d_x)) if out.requires_grad]
         if roots:
-            torch.autograd.backward(*zip(*roots, strict=True))
+            torch.autograd.backward([r for r, _ in roots], [g for _, g in roots])
         return None, None, None, hidden.grad, None
 
 

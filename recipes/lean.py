@@ -43,6 +43,9 @@ class LeanOptions:
     sub_batches: int = 1
 
 
+DEFAULT_OPTIONS = LeanOptions()
+
+
 class LeanStep:
     """One optimizer step at a time: `loss = step.step(batches)`.
 
@@ -56,7 +59,7 @@ class LeanStep:
         spec: RunSpec,
         *,
         total_steps: int | None = None,
-        options: LeanOptions = LeanOptions(),
+        options: LeanOptions = DEFAULT_OPTIONS,
         listener: Listener = silent,
     ) -> None:
         self.built, self.spec, self.options, self.listener = built, spec, options, listener
@@ -161,10 +164,13 @@ class LeanStep:
         arguments = training_arguments(
             self.spec, "unused", on_cpu=self.built.device.type == "cpu", bf16=False, fp16=False
         )
-        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
+        model: Any = self.model
+        kind: Any
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
             raise UnsupportedError(f"optimizer {self.spec.optimizer!r} on the lean stack")
-        optimizer = kind(self.trained, weight_decay=arguments.weight_decay, **values)
+        make: Any = kind
+        optimizer = make(self.trained, weight_decay=arguments.weight_decay, **values)
         schedule = self.spec.schedule
         return optimizer, get_scheduler(
             "linear", optimizer, num_warmup_steps=schedule.warmup_steps,

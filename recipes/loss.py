@@ -106,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         scaled = [
             None if g is None else g.mul_(grad).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -206,7 +206,7 @@ def _excluded(base: PreTrainedModel, weight: Tensor) -> Tensor | None:
     return excluded
 
 
-def _adapter(module: nn.Module) -> dict[str, Any]:
+def _adapter(module: Any) -> dict[str, Any]:
     adapters = getattr(module, "lora_A", None)
     if not adapters:
         return {}
@@ -214,6 +214,6 @@ def _adapter(module: nn.Module) -> dict[str, Any]:
     return {
         "a": adapters[name].weight,
         "b": module.lora_B[name].weight,  # type: ignore[union-attr, index]
-        "scaling": module.scaling[name],  # type: ignore[union-attr, index]
-        "dropout": float(getattr(module.lora_dropout[name], "p", 0.0)),  # type: ignore[union-attr, index]
+        "scaling": module.scaling[name],
+        "dropout": float(getattr(module.lora_dropout[name], "p", 0.0)),
     }

@@ -41,8 +41,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     architecture names it otherwise. Raises UnsupportedError for a family without either."""
     for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            found: Any = mapping[type(config)]
+            chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+            return chosen
     raise UnsupportedError(f"model_type {config.model_type!r} has no generative class to train")
 
 

@@ -37,7 +37,7 @@ def instrument(trainer: Trainer, listener: Listener) -> Trainer:
     _wrap(trainer, "evaluate", "eval", listener)
     _wrap(trainer.accelerator, "backward", "backward", listener)
     _wrap(trainer.accelerator, "clip_grad_norm_", "clip", listener)
-    base = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+    base: Any = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
     loss_function = base.loss_function
 
     @functools.wraps(loss_function)

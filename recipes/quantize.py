@@ -1,7 +1,8 @@
 """A model at random weights, made module by module on its device, quantised as it is made.
 
 What `from_pretrained` with a `BitsAndBytesConfig` leaves behind, without a checkpoint: the
-quantiser of transformers itself swaps the modules, and a 16-bit copy exists of one weight at a time.
+quantiser of transformers itself swaps the modules, and a 16-bit copy exists of one weight at a
+time.
 """
 
 from __future__ import annotations
@@ -73,13 +74,14 @@ def _swap_modules(model: PreTrainedModel, quantization: BitsAndBytesConfig | Non
 
 @torch.no_grad()
 def _materialise(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     kept = model._get_dtype_plan(dtype)
     tied = set(model.all_tied_weights_keys)
-    for name, module in model.named_modules():
-        quantised = isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in modules:
+        quantised = isinstance(module, (Linear4bit, Linear8bitLt))
         for key, parameter in list(module._parameters.items()):
             full_name = f"{name}.{key}"
             if parameter is None or full_name in tied:
@@ -96,20 +98,25 @@ def _materialise(model: PreTrainedModel, dtype: torch.dtype, device: torch.devic
         for key, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
-        module._is_hf_initialized = quantised
+        module.__dict__["_is_hf_initialized"] = quantised
 
 
 def _set_quantised_weight(
     module: nn.Linear, dtype: torch.dtype, std: float, device: torch.device
 ) -> None:
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
 
     shape = (module.out_features, module.in_features)
     values = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std)
     attributes = dict(module.weight.__dict__)
-    if isinstance(module, bnb.nn.Linear4bit):
-        weight = bnb.nn.Params4bit(values, requires_grad=False, **attributes).to(device)
+    if isinstance(module, Linear4bit):
+        weight = _quantised(Params4bit(values, requires_grad=False, **attributes), device)
     else:
         attributes = {k: v for k, v in attributes.items() if k not in ("SCB", "CB")}
-        weight = bnb.nn.Int8Params(values, requires_grad=False, **attributes)._quantize(device)
+        weight = Int8Params(values, requires_grad=False, **attributes)._quantize(device)
     module.weight = weight
+
+
+def _quantised(weight: Any, device: torch.device) -> Any:
+    """What `.to(device)` of a not yet quantised bitsandbytes parameter returns."""
+    return weight.to(device)

@@ -41,7 +41,7 @@ from recipes.evaluation.scoring import (
 )
 from recipes.images import image_token_ids
 from recipes.layers import decoder_layers
-from recipes.lean import LeanOptions, LeanStep, reached_layers
+from recipes.lean import DEFAULT_OPTIONS, LeanOptions, LeanStep, reached_layers
 from recipes.models import load_config
 
 Say = Callable[[str], None]
@@ -119,14 +119,11 @@ def check_data(spec: RunSpec, prepared: Prepared) -> list[Finding]:
     """Findings about the encoded samples and their batches."""
     config, tokenizer = prepared.encoder.config, prepared.encoder.tokenizer
     batches = training_batches(spec, prepared)
+    steps = total_steps(spec, batches)
     return [
         *check_samples(prepared.training, config, tokenizer.pad_token_id),
         *check_padding(batches),
-        *(
-            []
-            if spec.schedule.max_steps
-            else check_schedule(spec, total_steps(spec, batches), None)
-        ),
+        *([] if spec.schedule.max_steps else check_schedule(spec, steps, None)),
     ]
 
 
@@ -154,7 +151,7 @@ class Run:
         self, spec: RunSpec, output: Path, *, device: str = "cuda",
         config: PretrainedConfig | None = None, tokenizer: Any = None,
         weights: str | Path = "random", say: Say = lambda text: None,
-        options: LeanOptions = LeanOptions(),
+        options: LeanOptions = DEFAULT_OPTIONS,
     ) -> None:  # fmt: skip
         if spec.stack != "lean":
             raise UnsupportedError('vramwise train runs the lean stack: set stack = "lean"')
@@ -224,7 +221,8 @@ class Run:
         judged = self.spec.evaluation
         assert judged is not None
         prefix, prompts = self._prompts()
-        model, base = self.built.model, self.built.base
+        model: Any = self.built.model
+        base = self.built.base
         model.eval()
         try:
             if tuned or not hasattr(model, "disable_adapter"):
@@ -343,8 +341,9 @@ def run(
         peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda else 0,
         base=judged[0], tuned=judged[1], p_value=judged[2], planned=planned, output=str(output),
     )  # fmt: skip
-    if hasattr(run.built.model, "save_pretrained"):
-        run.built.model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
+    model: Any = run.built.model
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
     (output / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", "utf-8")
     return report
 

@@ -15,11 +15,11 @@ from planner.errors import InputError, Problem, nearest_name
 from recipes.data.tables import Row, Table
 from recipes.evaluation.questions import LETTERS, Question
 
-TRAINING = {
+TRAINING: dict[str, tuple[str, ...]] = {
     "images": ("image", "instruction", "output"),
     "alpaca": ("instruction", "input", "output"),
 }
-QUESTIONS = {
+QUESTIONS: dict[str, tuple[str, ...]] = {
     "mmmlu": ("Question", "A", "B", "C", "D", "Answer", "Subject"),
     "global_mmlu": (
         "question", "option_a", "option_b", "option_c", "option_d", "answer", "subject",

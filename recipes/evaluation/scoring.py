@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from planner.errors import UnsupportedError
 from recipes.evaluation.questions import LETTERS
@@ -58,7 +58,7 @@ def letter_ids(tokenizer: Any, prompt_text: str) -> list[int]:
 
 @torch.no_grad()
 def score_options(
-    base: PreTrainedModel,
+    base: Any,
     prefix: Sequence[int],
     prompts: Sequence[Prompt],
     letters: Sequence[int],
@@ -86,7 +86,7 @@ def score_options(
 
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: Any,
     prefix: Sequence[int],
     prompts: Sequence[Prompt],
@@ -112,9 +112,7 @@ def generate_answers(
     return answers
 
 
-def _prefix_cache(
-    base: PreTrainedModel, prefix: Sequence[int], device: torch.device
-) -> DynamicCache | None:
+def _prefix_cache(base: Any, prefix: Sequence[int], device: torch.device) -> DynamicCache | None:
     if not prefix:
         return None
     cache = DynamicCache(config=base.config)
@@ -133,7 +131,7 @@ def _groups(prompts: Sequence[Prompt], tokens_at_once: int) -> Iterator[list[int
 
 
 def _last_log_probabilities(
-    base: PreTrainedModel, prefix: Sequence[int], cache: DynamicCache | None,
+    base: Any, prefix: Sequence[int], cache: DynamicCache | None,
     rows: Sequence[Sequence[int]], letters: Sequence[int], device: torch.device,
 ) -> Tensor:  # fmt: skip
     """(rows, letters) log-probabilities after each row. Rows are padded on the right: a causal

@@ -45,7 +45,7 @@ def test_random_weights_equal_from_pretrained_in_layout(
     for attribute in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         assert getattr(made.base, attribute, None) == getattr(loaded.base, attribute, None)
     assert hasattr(made.base, "hf_quantizer") == hasattr(loaded.base, "hf_quantizer")
-    rotary = [m for n, m in made.base.named_modules() if n.endswith("rotary_emb")][0]
+    rotary = made.base.model.rotary_emb
     assert torch.equal(rotary.inv_freq, loaded.base.model.rotary_emb.inv_freq)
 
 

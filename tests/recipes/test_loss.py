@@ -120,8 +120,12 @@ def test_no_logits_larger_than_a_chunk_are_held(monkeypatch) -> None:
     hidden = torch.randn(64, 64, requires_grad=True)
     seen = []
     original = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__",
-                        lambda s, o: (seen.append((s.shape[0], o.shape[-1])), original(s, o))[1])  # fmt: skip
+
+    def watched(left, right):
+        seen.append((left.shape[0], right.shape[-1]))
+        return original(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     positions = torch.arange(64)
     linear_cross_entropy(hidden, positions, positions % 300, head, 64, chunk_bytes=4 * 300 * 8)
     assert max(rows for rows, columns in seen if columns == 300) == 8

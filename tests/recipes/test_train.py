@@ -45,7 +45,8 @@ def _spec(made, **changes):
     spec = demo_spec(*made, STEPS)
     schedule = spec.schedule.model_copy(update={"save_every_steps": 2, **changes})
     lora = spec.lora.model_copy(update={"dropout": 0.1})
-    return spec.model_copy(update={"schedule": schedule, "lora": lora, "micro_batch_size": 4})
+    changed = {"schedule": schedule, "lora": lora, "micro_batch_size": 4, "method": "lora"}
+    return spec.model_copy(update=changed)
 
 
 def _run(made, folder: Path, **changes) -> Run:
