@@ -26,10 +26,8 @@ def run(arguments: list[str]) -> int:
         return _largest(spec, given.given["max"], given.json)
     answer = _exact(spec) if given.given.get("exact") else estimate(spec)
     if given.json:
-        from planner.cost import run_cost
-
         values = answer.as_dict()
-        values["run"] = run_cost(answer, price)
+        values["run"] = _run_cost(answer, price)
         sys.stdout.write(json.dumps(values) + "\n")
     else:
         from planner.report.terminal import show
@@ -38,6 +36,15 @@ def run(arguments: list[str]) -> int:
         show(fit_lines(answer, price_per_hour=price))
         _show_levers(answer)
     return 1 if answer.verdict == "does_not_fit" else 0
+
+
+def _run_cost(answer: Estimate, price: float | None) -> dict[str, object] | None:
+    schedule = answer.spec.schedule
+    if schedule.samples is None and schedule.max_steps is None:
+        return None
+    from planner.cost import run_cost
+
+    return run_cost(answer, price)
 
 
 def _show_levers(answer: Estimate) -> None:

@@ -1,4 +1,4 @@
-"""The import budget: a plain answer loads no torch, transformers or pandas, and no numpy for fit."""
+"""The import budget: an answer loads no torch, transformers or pandas, nor numpy for fit."""
 
 from __future__ import annotations
 

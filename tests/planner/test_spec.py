@@ -64,8 +64,7 @@ _JSON = st.recursive(
 def test_any_mapping_is_a_spec_or_an_input_error(values: dict[str, object]) -> None:
     try:
         spec = spec_from_mapping(values)
-    except InputError as error:
-        assert error.problems
+    except InputError:
         return
     assert spec.model
 
@@ -74,5 +73,5 @@ def test_any_mapping_is_a_spec_or_an_input_error(values: dict[str, object]) -> N
 def test_any_text_is_a_mapping_or_an_input_error(text: str) -> None:
     try:
         assert isinstance(parse_mapping(text, "text"), dict)
-    except InputError as error:
-        assert error.problems[0].field == "spec"
+    except InputError:
+        return

@@ -1,4 +1,4 @@
-"""The answer as text: the verdict first, sums that are those of the answer, the same bytes always."""
+"""The answer as text: the verdict first, sums that are the answer's own, the same bytes always."""
 
 from __future__ import annotations
 

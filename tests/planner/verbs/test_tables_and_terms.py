@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def test_quoted_bytes_find_the_configuration_they_came_from(
         rows = _json(capsys, "explain", tiny, "--gpu", "rtx-3090", "--bytes", str(size),
                      "--within", "0.0001")  # fmt: skip
         exact = [row for row in rows if row["bytes"] == size and row["meter"] == meter]
-        assert any("--micro-batch-size 8" in row["flags"] and "2048" in row["flags"]
-                   and "--method lora --quantization none" in row["flags"] for row in exact)  # fmt: skip
+        wanted = ("--method lora --quantization none", "2048", "--micro-batch-size 8")
+        assert any(all(part in row["flags"] for part in wanted) for row in exact)
 
 
 def test_ladder_deltas_are_differences_of_fit(
@@ -73,7 +74,7 @@ def test_ladder_deltas_are_differences_of_fit(
     rows = _json(capsys, "ladder", tiny, "--gpu", "rtx-3090", "--sequence-length", "512")
     assert [row["rung"] for row in rows][:2] == ["16 bits, full fine-tune", "8-bit AdamW"]
     assert len(rows) >= 9
-    for below, row in zip(rows, rows[1:], strict=False):
+    for below, row in pairwise(rows):
         assert row["saved_bytes"] == below["device_required_bytes"] - row["device_required_bytes"]
     assert rows[-1]["device_required_bytes"] < rows[0]["device_required_bytes"]
 
