@@ -6,9 +6,20 @@ import threading
 import time
 from collections.abc import Callable
 
+from planner.spec import Lora, RunSpec
 from planner.units import format_gib, format_seconds
 from probes.grid import Point
 from probes.records import Record
+
+_TOLD_WHERE_UNUSUAL = (
+    "precision", "double_quant", "gradient_accumulation_steps", "attention", "max_grad_norm",
+    "expandable_segments", "evaluation_batch_size",
+)  # fmt: skip
+
+
+def _usual(spec: RunSpec) -> Lora:
+    """The spec's adapter at the default dropout and alpha."""
+    return spec.lora.model_copy(update={"dropout": Lora().dropout, "alpha": spec.lora.alpha})
 
 
 def describe(point: Point) -> str:
@@ -22,6 +33,12 @@ def describe(point: Point) -> str:
     extras = [f"{spec.images_per_sample} images"] if spec.images_per_sample else []
     extras += ["checkpointed"] if spec.gradient_checkpointing else []
     extras += [spec.optimizer] if spec.optimizer != "adamw_torch_fused" else []
+    extras += [
+        f"{name} {getattr(spec, name)}"
+        for name in _TOLD_WHERE_UNUSUAL
+        if getattr(spec, name) != RunSpec.model_fields[name].default
+    ]
+    extras += [f"dropout {spec.lora.dropout}"] if spec.lora != _usual(spec) else []
     return ", ".join([spec.model, spec.stack, weights, adapter, shape, *extras])
 
 

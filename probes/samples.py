@@ -57,25 +57,32 @@ def make_pool(spec: RunSpec, config: PretrainedConfig, length: int, seed: int = 
 def _sample(
     spec: RunSpec, config: PretrainedConfig, image: Images | None, generator: torch.Generator
 ) -> Sample:
-    used = image.tokens * spec.images_per_sample if image else 0
-    if used >= spec.sequence_length:
-        message = f"is too short for {spec.images_per_sample} images of {used} tokens in all"
-        raise InputError(Problem("sequence_length", message, spec.sequence_length))
+    places = _image_places(spec, image) if image is not None else torch.zeros(0, dtype=torch.long)
     low, high = _text_ids(config)
     ids = torch.randint(low, high, (spec.sequence_length,), generator=generator)
     if image is not None:
         ids[ids == image.token_id] = low
-        ids[1 : 1 + used] = image.token_id
+        ids[places] = image.token_id
     labels = ids.clone()
     sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if image is not None:
-        labels[1 : 1 + used] = -100
+        labels[places] = -100
         repeats = spec.images_per_sample
         for name, value in image.tensors.items():
             sample[name] = torch.cat([value] * repeats)
         if config.model_type.startswith("qwen2"):
             sample["mm_token_type_ids"] = (ids == image.token_id).long()
     return sample
+
+
+def _image_places(spec: RunSpec, image: Images) -> torch.Tensor:
+    """Positions of the placeholders: each image between two other tokens, as processors put a
+    start and an end around it (models that count images tell them apart by these)."""
+    each, count = image.tokens + 2, spec.images_per_sample
+    if each * count > spec.sequence_length:
+        message = f"is too short for {count} images of {image.tokens} tokens and their two marks"
+        raise InputError(Problem("sequence_length", message, spec.sequence_length))
+    return torch.cat([torch.arange(i * each + 1, (i + 1) * each - 1) for i in range(count)])
 
 
 def _text_ids(config: PretrainedConfig) -> tuple[int, int]:
