@@ -154,6 +154,13 @@ def _bias(t: Engine, mask: Tensor | None, dtype: DType) -> Tensor | None:
     return bias
 
 
+def cached(t: Engine, x: Tensor) -> Tensor:
+    """DynamicLayer.update: torch.cat of what is cached, nothing yet, and x: a copy."""
+    t.count(2 * grad_bytes(x))
+    out = t.new(x.shape, x.dtype, "cat (key-value cache)")
+    return t.record(out, (x,), (), lambda g: (g,))
+
+
 def repeat_kv(t: Engine, x: Tensor, groups: int) -> Tensor:
     """transformers' repeat_kv: expand and reshape, a copy of every head; backward sums them."""
     if groups == 1:
@@ -232,7 +239,7 @@ def _merge_heads(t: Engine, x: Tensor, transposed: bool = False) -> Tensor:
     if not x.contiguous and not decide(batch == 1):
         x = t.clone(x, "reshape")
     out = x.view((batch * heads, m, n) if transposed else (batch * heads, n, m), True)
-    return t.record(out, (x,), (), lambda g: (g.view(shape, not transposed),))
+    return t.record(out, (x,), (), lambda g: (g.view(shape, True),))
 
 
 def bmm(t: Engine, a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
+from weakref import ref
 
 from planner.dtypes import DType
 from planner.memory.storage import Recorder
@@ -129,7 +130,9 @@ class Engine:
         held = tensor.detach()
         if self._refill is not None:
             frame, position = self._refill
-            frame.slots[position[0]].tensor = held
+            slot = frame.slots[position[0]]()
+            if slot is not None:
+                slot.tensor = held
             position[0] += 1
             if position[0] == len(frame.slots):
                 raise StopRecomputation
@@ -139,7 +142,7 @@ class Engine:
         if self._frame is None:
             return Saved(held, None)
         slot = Saved(None, self._frame)
-        self._frame.slots.append(slot)
+        self._frame.slots.append(ref(slot))
         return slot
 
     def checkpoint(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -210,6 +213,9 @@ class Engine:
     def accumulate_leaf(self, leaf: Tensor, grad: Tensor) -> None:
         """AccumulateGrad: steal the first gradient, add the later ones in place."""
         if leaf.grad is None:
+            if not grad.contiguous:  # accumulate_grad.h: a copy in the leaf's memory order
+                self.count(2 * grad_bytes(grad))
+                grad = self.new(grad.shape, grad.dtype, "clone (gradient)")
             leaf.grad = grad.detach()
             if grad.storage is not None:
                 grad.storage.block.category = "gradients"

@@ -130,8 +130,8 @@ def forward_of(model: Model) -> Forward:
             "`vramwise fit --exact` traces it instead"
         )
 
-    def run_forward(engine: Engine, loaded: Loaded, batch: Batch) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = forward(engine, loaded, model.geometry, batch)
+    def run_forward(engine: Engine, loaded: Loaded, batch: Batch) -> tuple[Any, ...]:
+        outputs: tuple[Any, ...] = forward(engine, loaded, model.geometry, batch)
         return outputs
 
     return run_forward

@@ -31,8 +31,8 @@ class Batch:
     pixels: Tensor | None = None
 
 
-# loss, logits, and what else the model hands back (image_hidden_states)
-Forward = Callable[[Engine, Loaded, Batch], tuple[Tensor, ...]]
+# The loss, then what else the model hands back: logits, image_hidden_states, a key-value cache.
+Forward = Callable[[Engine, Loaded, Batch], tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,16 @@ def stock_loss(engine: Engine, loaded: Loaded, forward: Forward, batch: Batch) -
     precision = loaded.spec.precision
     autocast = None if precision == "fp32" else COMPUTE[precision]
     with engine.autocast(autocast):
+        loss: Tensor
         loss, *outputs = forward(engine, loaded, batch)
     recorder = engine.recorder
     if autocast is not None:
         with recorder.scope("accelerate (outputs to fp32)"):
-            converted = [engine.to(output, F32, "float (outputs)") for output in outputs]
+            converted = [
+                engine.to(output, F32, "float (outputs)")
+                for output in outputs
+                if isinstance(output, Tensor)
+            ]
         del converted
     del outputs
     if precision == "fp16":

@@ -13,6 +13,7 @@ import heapq
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 from planner.dtypes import DType
 from planner.memory.storage import Storage
@@ -58,7 +59,7 @@ class Tensor:
 class Saved:
     """A saved tensor: held, or (in a checkpointed region) to be recomputed from its frame."""
 
-    __slots__ = ("frame", "tensor")
+    __slots__ = ("__weakref__", "frame", "tensor")
 
     def __init__(self, tensor: Tensor | None, frame: Frame | None) -> None:
         self.tensor = tensor
@@ -74,13 +75,17 @@ class Saved:
 
 
 class Frame:
-    """One checkpointed region: its saved slots in order, and the function that refills them."""
+    """One checkpointed region: its saved slots in order, and the function that refills them.
+
+    The slots are referred to weakly, as torch's holders are: a graph that is dropped before its
+    backward takes its regions with it.
+    """
 
     __slots__ = ("run", "slots")
 
     def __init__(self, run: Callable[[Frame], None]) -> None:
         self.run = run
-        self.slots: list[Saved] = []
+        self.slots: list[ref[Saved]] = []
 
     def recompute(self) -> None:
         """Run the region again; every slot is filled when it returns (early stop included).
@@ -88,7 +93,7 @@ class Frame:
         The frame lives on, and its inputs with it, until the last of its slots is released.
         """
         self.run(self)
-        self.slots = []  # or frame and slots would hold each other
+        self.slots = []
 
 
 class Node:

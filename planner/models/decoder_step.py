@@ -33,6 +33,11 @@ class Decoder:
         self.g = geometry
         self.prefix = prefix
         self.rows: tuple[Any, Any] = (0, 0)  # batch and sequence
+        # Trainer switches use_cache off in the model's config, not in that of the text model inside
+        # an image-text model: it fills a cache, and returns it, unless its layers are checkpointed.
+        checkpointed = loaded.spec.gradient_checkpointing and t.training
+        self.caches = prefix != "model." and not checkpointed
+        self.cache: list[Tensor] = []
 
     def embed(self, ids: Tensor) -> Tensor:
         """embed_tokens, with the hook of enable_input_require_grads under checkpointing."""
@@ -133,6 +138,9 @@ class Decoder:
         q, k, v = self._project(path, hidden)
         with t.recorder.scope(path.rstrip(".")):
             q, k = self._rotate(q, k, rotary)
+            if self.caches:
+                k, v = attention_ops.cached(t, k), attention_ops.cached(t, v)
+                self.cache += (k.detach(), v.detach())
             out, weights = self._attend(q, k, v, mask)
             out = t.reshape(out, (batch, length, g.attention_width))
         return nn.linear(t, self.loaded.linear(f"{path}o_proj"), out), weights

@@ -6,11 +6,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from planner.memory import layers as nn
+from planner.memory import vision
+from planner.memory.loaded import Loaded
+from planner.memory.ops import Engine
+from planner.memory.step import Batch
+from planner.memory.storage import Recorder
+from planner.memory.tensor import Tensor
 from planner.models.decoder import DecoderGeometry, head_module, linear, stack_modules
+from planner.models.decoder_step import Decoder, head_and_loss
 from planner.models.families import llama, mistral, qwen2
+from planner.models.images import image_input
 from planner.models.reading import Reader
 from planner.models.towers import TowerGeometry, read_tower, tower_modules
 from planner.models.tree import Module
+from planner.models.vision_step import Tower, join
+from planner.spec import RunSpec
 
 MODEL_TYPES = ("llava",)
 AUTO_CLASS = "AutoModelForImageTextToText"
@@ -94,3 +105,51 @@ def image_tokens(geometry: LlavaGeometry, image_size: int | None) -> int:
 
 
 image_features = image_tokens
+
+
+def pixels(recorder: Recorder, geometry: LlavaGeometry, spec: RunSpec) -> Tensor:
+    """pixel_values: (B · images, 3, H, W) fp32."""
+    tower = geometry.vision
+    count = spec.micro_batch_size * spec.images_per_sample
+    return image_input(recorder, (count, tower.num_channels, tower.image_size, tower.image_size))
+
+
+def forward(t: Engine, loaded: Loaded, geometry: LlavaGeometry, batch: Batch) -> tuple[Any, ...]:
+    """`LlavaForConditionalGeneration.forward`: loss, logits, the cache, image_hidden_states."""
+    decoder = Decoder(t, loaded, geometry.text, "model.language_model.")
+    embeds = decoder.embed(batch.ids)
+    features = None
+    if batch.pixels is not None:
+        projected = image_features_of(t, loaded, geometry, batch.pixels)
+        features = vision.rows_apart(t, projected)
+        del projected
+        features = t.to(features, embeds.dtype)
+        embeds = join(t, embeds, batch.ids, features)
+    hidden = decoder.layers(embeds)
+    del embeds
+    loss, logits = head_and_loss(t, loaded, geometry.text, hidden, batch.labels)
+    return loss, logits, decoder.cache, features
+
+
+def image_features_of(t: Engine, loaded: Loaded, geometry: LlavaGeometry, images: Tensor) -> Tensor:
+    """get_image_features: every hidden state of the tower is held until it returns."""
+    tower = Tower(t, loaded, geometry.vision, "model.vision_tower.")
+    states = tower.hidden_states(images)
+    _last, _pooled = tower.pooled(states[-1])
+    chosen = [states[layer] for layer in geometry.feature_layers]
+    if not geometry.class_feature:
+        count, positions, width = chosen[0].shape
+        chosen = [vision.narrow(t, state, (count, positions - 1, width)) for state in chosen]
+    if len(chosen) > 1:
+        joined = (*chosen[0].shape[:-1], chosen[0].shape[-1] * len(chosen))
+        chosen = [t.cat(chosen, joined)]
+    return project(t, loaded, chosen[0], geometry.projector_hidden_act)
+
+
+def project(t: Engine, loaded: Loaded, x: Tensor, activation: str) -> Tensor:
+    """LlavaMultiModalProjector.forward."""
+    path = "model.multi_modal_projector."
+    hidden = nn.linear(t, loaded.linear(f"{path}linear_1"), x)
+    with t.recorder.scope(f"{path}act"):
+        hidden = vision.activation(t, activation, hidden)
+    return nn.linear(t, loaded.linear(f"{path}linear_2"), hidden)
