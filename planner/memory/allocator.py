@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from planner.errors import VramwiseError
 
@@ -29,7 +28,7 @@ class OutOfMemoryError(VramwiseError):
     """The cap does not hold the next segment, even after cached segments are given back."""
 
 
-class _Block:
+class Block:
     """A stretch of a segment. `prev` and `next` are its neighbours by address."""
 
     __slots__ = ("address", "allocated", "mapped", "next", "pool", "prev", "size")
@@ -38,8 +37,8 @@ class _Block:
         self.address = address
         self.size = size
         self.pool = pool
-        self.prev: _Block | None = None
-        self.next: _Block | None = None
+        self.prev: Block | None = None
+        self.next: Block | None = None
         self.allocated = False
         self.mapped = True
 
@@ -56,17 +55,17 @@ class _Pool:
 
     def __init__(self, segment_bytes: int, min_remainder: int) -> None:
         self.keys: list[int] = []
-        self.blocks: dict[int, _Block] = {}
+        self.blocks: dict[int, Block] = {}
         self.segment_bytes = segment_bytes
         self.min_remainder = min_remainder
-        self.unmapped: list[_Block] = []
+        self.unmapped: list[Block] = []
 
-    def insert(self, block: _Block) -> None:
+    def insert(self, block: Block) -> None:
         key = block.size << _ADDRESS_BITS | block.address
         insort(self.keys, key)
         self.blocks[key] = block
 
-    def remove(self, block: _Block) -> None:
+    def remove(self, block: Block) -> None:
         key = block.size << _ADDRESS_BITS | block.address
         del self.keys[bisect_left(self.keys, key)]
         del self.blocks[key]
@@ -89,7 +88,7 @@ class CachingAllocator:
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.retries = 0
 
-    def malloc(self, size_bytes: int) -> _Block:
+    def malloc(self, size_bytes: int) -> Block:
         """A block of at least `size_bytes`; raises OutOfMemoryError when the cap forbids it."""
         size = max(-(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES, MIN_BLOCK_BYTES)
         pool = self._small if size <= SMALL_BYTES else self._large
@@ -110,7 +109,7 @@ class CachingAllocator:
             self.peak_allocated_bytes = self.allocated_bytes
         return block
 
-    def free(self, block: _Block) -> None:
+    def free(self, block: Block) -> None:
         """Back to its pool, merged with free neighbours."""
         self.allocated_bytes -= block.size
         block.allocated = False
@@ -133,7 +132,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
 
-    def segments(self, held: Iterable[_Block]) -> list[list[_Block]]:
+    def segments(self, held: Iterable[Block]) -> list[list[Block]]:
         """The blocks of every segment by address (an expandable one: each mapped stretch). `held`:
         the blocks now allocated, which the caller has."""
         known = [*held, *self._small.blocks.values(), *self._large.blocks.values()]
@@ -141,7 +140,7 @@ class CachingAllocator:
         heads = sorted((b for b in known if b.prev is None), key=lambda block: block.address)
         return [run for head in heads for run in _mapped_runs(head)]
 
-    def _cached(self, pool: _Pool, size: int) -> _Block | None:
+    def _cached(self, pool: _Pool, size: int) -> Block | None:
         """Best fit: the smallest free block that is large enough, lowest address first."""
         keys = pool.keys
         index = bisect_left(keys, size << _ADDRESS_BITS)
@@ -151,7 +150,7 @@ class CachingAllocator:
             index = _least_growth(pool, index)
         return pool.blocks.pop(keys.pop(index))
 
-    def _new(self, pool: _Pool, size: int) -> _Block | None:
+    def _new(self, pool: _Pool, size: int) -> Block | None:
         """A fresh segment, or more of the expandable one; None when the cap forbids it."""
         if pool is self._small:
             wanted = SMALL_BUFFER_BYTES
@@ -163,7 +162,7 @@ class CachingAllocator:
             return None
         if self.expandable:
             return self._grow(pool, size)
-        block = _Block(self._next_address, wanted, pool)
+        block = Block(self._next_address, wanted, pool)
         self._next_address += wanted
         self._reserve(wanted)
         return block
@@ -173,14 +172,14 @@ class CachingAllocator:
         if self.reserved_bytes > self.peak_reserved_bytes:
             self.peak_reserved_bytes = self.reserved_bytes
 
-    def _split(self, block: _Block, size: int) -> None:
+    def _split(self, block: Block, size: int) -> None:
         """Keep the low addresses, give the rest back to the pool."""
-        rest = _Block(block.address + size, block.size - size, block.pool)
+        rest = Block(block.address + size, block.size - size, block.pool)
         block.size = size
         _link_after(block, rest)
         block.pool.insert(rest)
 
-    def _merge_neighbours(self, block: _Block, pool: _Pool) -> None:
+    def _merge_neighbours(self, block: Block, pool: _Pool) -> None:
         before = block.prev
         if before is not None and not before.allocated and before.mapped == block.mapped:
             _take(pool, before)
@@ -196,12 +195,12 @@ class CachingAllocator:
             if after.next is not None:
                 after.next.prev = block
 
-    def _grow(self, pool: _Pool, size: int) -> _Block:
+    def _grow(self, pool: _Pool, size: int) -> Block:
         """`try_allocate_expandable_block`: map what is missing after the free end of a segment."""
         block = _room(pool, size)
         if block is None:
             page = pool.segment_bytes  # pages are counted from the segment's own start
-            block = _Block(-(-self._next_address // page) * page, _EXPANDABLE_SPACE, pool)
+            block = Block(-(-self._next_address // page) * page, _EXPANDABLE_SPACE, pool)
             self._next_address = block.address + _EXPANDABLE_SPACE
             block.mapped = False
             pool.unmapped.append(block)
@@ -213,14 +212,14 @@ class CachingAllocator:
         pool.remove(block)
         return block
 
-    def _map(self, block: _Block, size: int) -> _Block:
+    def _map(self, block: Block, size: int) -> Block:
         """Back the first `size` bytes of an unmapped block, in whole pages of its pool."""
         pool = block.pool
         pool.unmapped.remove(block)
         mapped = min(-(-size // pool.segment_bytes) * pool.segment_bytes, block.size)
         block.mapped = True
         if mapped < block.size:
-            rest = _Block(block.address + mapped, block.size - mapped, pool)
+            rest = Block(block.address + mapped, block.size - mapped, pool)
             rest.mapped = False
             block.size = mapped
             _link_after(block, rest)
@@ -232,7 +231,7 @@ class CachingAllocator:
             raise OutOfMemoryError(f"pages of {mapped} bytes do not fit under {self.cap_bytes}")
         return block
 
-    def _unmap(self, block: _Block, pool: _Pool) -> None:
+    def _unmap(self, block: Block, pool: _Pool) -> None:
         """Give back the whole pages inside a free block."""
         page = pool.segment_bytes
         start = -(-block.address // page) * page
@@ -244,12 +243,12 @@ class CachingAllocator:
         head = start - block.address
         hole = block
         if head:
-            hole = _Block(start, block.size - head, pool)
+            hole = Block(start, block.size - head, pool)
             block.size = head
             _link_after(block, hole)
             pool.insert(block)
         if tail:
-            rest = _Block(end, tail, pool)
+            rest = Block(end, tail, pool)
             hole.size -= tail
             _link_after(hole, rest)
             pool.insert(rest)
@@ -259,9 +258,9 @@ class CachingAllocator:
         self.reserved_bytes -= end - start
 
 
-def _mapped_runs(head: _Block) -> list[list[_Block]]:
-    runs: list[list[_Block]] = [[]]
-    block: _Block | None = head
+def _mapped_runs(head: Block) -> list[list[Block]]:
+    runs: list[list[Block]] = [[]]
+    block: Block | None = head
     while block is not None:
         if block.mapped:
             runs[-1].append(block)
@@ -271,14 +270,14 @@ def _mapped_runs(head: _Block) -> list[list[_Block]]:
     return [run for run in runs if run]
 
 
-def _take(pool: _Pool, block: _Block) -> None:
+def _take(pool: _Pool, block: Block) -> None:
     if block.mapped:
         pool.remove(block)
     else:
         pool.unmapped.remove(block)
 
 
-def _link_after(block: _Block, rest: _Block) -> None:
+def _link_after(block: Block, rest: Block) -> None:
     rest.prev, rest.next = block, block.next
     if rest.next is not None:
         rest.next.prev = rest
@@ -298,7 +297,7 @@ def _least_growth(pool: _Pool, index: int) -> int:
     return index
 
 
-def _room(pool: _Pool, size: int) -> _Block | None:
+def _room(pool: _Pool, size: int) -> Block | None:
     """The lowest free stretch that ends in unmapped space and holds `size` bytes."""
     for candidate in sorted(pool.unmapped, key=lambda block: block.address):
         start = candidate
@@ -311,70 +310,3 @@ def _room(pool: _Pool, size: int) -> _Block | None:
         if available >= size:
             return start
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """What the allocator says after a stream. `ok` is False when the cap was too small."""
-
-    ok: bool
-    allocated_bytes: int
-    peak_allocated_bytes: int
-    reserved_bytes: int
-    peak_reserved_bytes: int
-    retries: int
-
-
-EMPTY_CACHE = (-1, 0)
-RESET_PEAKS = (-2, 0)
-
-
-def replay(
-    stream: Iterable[tuple[int, int]], *, cap_bytes: int | None = None,
-    expandable_segments: bool = False,
-) -> Replay:  # fmt: skip
-    """Run a stream of (storage id, bytes): bytes > 0 allocates, 0 frees the id. EMPTY_CACHE and
-    RESET_PEAKS stand for the calls of those names."""
-    allocator = CachingAllocator(cap_bytes, expandable_segments=expandable_segments)
-    blocks: dict[int, _Block] = {}
-    malloc, free = allocator.malloc, allocator.free
-    ok = True
-    try:
-        for key, size in stream:
-            if size:
-                blocks[key] = malloc(size)
-            elif key >= 0:
-                free(blocks.pop(key))
-            elif key == -1:
-                allocator.empty_cache()
-            else:
-                allocator.reset_peaks()
-    except OutOfMemoryError:
-        ok = False
-    return Replay(
-        ok, allocator.allocated_bytes, allocator.peak_allocated_bytes, allocator.reserved_bytes,
-        allocator.peak_reserved_bytes, allocator.retries,
-    )  # fmt: skip
-
-
-def smallest_cap(
-    stream: Iterable[tuple[int, int]], *, expandable_segments: bool = False,
-    resolution_bytes: int = ROUND_LARGE_BYTES,
-) -> int:  # fmt: skip
-    """`allocator_required_bytes`: the smallest cap under which the stream completes.
-
-    Bisected between peak allocated and peak reserved, like the measured brackets; exact to
-    `resolution_bytes`.
-    """
-    events = list(stream)
-    free = replay(events, expandable_segments=expandable_segments)
-    low, high = free.peak_allocated_bytes - 1, free.peak_reserved_bytes
-    while not replay(events, cap_bytes=high, expandable_segments=expandable_segments).ok:
-        high += LARGE_BUFFER_BYTES  # torch checks a whole segment even where it maps fewer pages
-    while high - low > resolution_bytes:
-        middle = (low + high) // 2
-        if replay(events, cap_bytes=middle, expandable_segments=expandable_segments).ok:
-            high = middle
-        else:
-            low = middle
-    return high

@@ -16,8 +16,8 @@ from functools import lru_cache
 from math import prod
 
 from planner.dtypes import DType
-from planner.memory.allocator import EMPTY_CACHE
 from planner.memory.loaded import Loaded
+from planner.memory.replay import EMPTY_CACHE
 from planner.memory.storage import BLOCK_BYTES
 from planner.models.tree import ModelTree, Module
 

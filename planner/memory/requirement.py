@@ -13,18 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.memory.allocator import (
-    EMPTY_CACHE,
-    RESET_PEAKS,
-    ROUND_LARGE_BYTES,
-    SMALL_BUFFER_BYTES,
-    SMALL_BYTES,
-    replay,
-    smallest_cap,
-)
+from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BUFFER_BYTES, SMALL_BYTES
 from planner.memory.large_pool import LargePool
 from planner.memory.loading import Events
 from planner.memory.program import Program
+from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, replay, smallest_cap
 from planner.memory.storage import BLOCK_BYTES
 
 STEPS_TO_PEAK = 2  # the second step has optimizer states

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from planner.memory.allocator import EMPTY_CACHE, RESET_PEAKS, Replay, replay
+from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, Replay, replay
 
 Category = Literal[
     "parameters", "gradients", "optimizer_states", "saved_activations", "logits", "temporaries",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.memory.allocator import smallest_cap
+from planner.memory.replay import smallest_cap
 from planner.spec import RunSpec
 from probes.dry.events import Trace
 from probes.dry.trace import trace

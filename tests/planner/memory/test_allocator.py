@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.memory.allocator import (
-    EMPTY_CACHE,
-    RESET_PEAKS,
-    CachingAllocator,
-    OutOfMemoryError,
-    replay,
-    smallest_cap,
-)
+from planner.memory.allocator import CachingAllocator, OutOfMemoryError
+from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, replay, smallest_cap
 
 MIB = 1 << 20
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from planner.memory.allocator import replay
+from planner.memory.replay import replay
 from planner.spec import spec_from_mapping
 from planner.units import GIB
 from probes.dry.events import stream
