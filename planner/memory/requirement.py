@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BUFFER_BYTES, SMALL_BYTES
-from planner.memory.large_pool import LargePool
+from planner.memory.large_pool import CAPPED, RELEASE, RESET, Part, replay_parts
 from planner.memory.loading import Events
 from planner.memory.program import Program
 from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, replay, smallest_cap
@@ -43,38 +43,31 @@ def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -
     """Replay the run without a cap, then find the smallest cap."""
     if expandable_segments:
         return _expandable(program, workspace_bytes)
-    pool = LargePool()
-    small = 0
-    for part in _split(program.loading.events):
-        pool.run(part.large, part.levels)
-        pool.release_cached()
-        small = part.small_bytes
-    resident, load_peak = pool.allocated + small, pool.peak_allocated
-    pool.reset_peaks()
+    loading = _split(program.loading.events)
+    small = loading[-1].small_bytes
     first = _split(first_step(program, workspace_bytes), small)[0]
     later = _split(later_step(program), first.small_bytes)[0]
-    free = pool.copy()
-    free.peak_allocated = pool.allocated + small
-    free.run(first.large, first.levels)
-    free.run(later.large, later.levels)
+    load = [(part, RELEASE) for part in loading]
+    loaded = replay_parts(load, None)
+    free = replay_parts([*load, (first, RESET), (later, 0)], None)
     small_peak = max(*first.levels, *later.levels, small)
     small_reserved = -(-small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
-    low = max(free.peak_allocated - small_reserved, pool.reserved)
-    cap = _smallest_cap(pool, first.large, later.large, low, free.peak_reserved)
+    low = max(free.peak_allocated - small_reserved, loaded.reserved)
+    cap = _smallest_cap(load, first, later, low, free.peak_reserved)
     return Reserve(
-        resident, load_peak, free.peak_allocated, free.peak_reserved + small_reserved,
-        cap + small_reserved,
+        loaded.allocated + small, loaded.peak_allocated, free.peak_allocated,
+        free.peak_reserved + small_reserved, cap + small_reserved,
     )  # fmt: skip
 
 
-def _smallest_cap(pool: LargePool, first: Events, later: Events, low: int, high: int) -> int:
+def _smallest_cap(
+    load: list[tuple[Part, int]], first: Part, later: Part, low: int, high: int
+) -> int:
     """Bisected over two steps; then as much more as a third step wants."""
 
     def completes(cap: int, steps: int) -> bool:
-        trial = pool.copy()
-        return trial.run(first, None, cap) and all(
-            trial.run(later, None, cap) for _ in range(steps - 1)
-        )
+        parts = [*load, (first, CAPPED), *[(later, CAPPED)] * (steps - 1)]
+        return replay_parts(parts, cap).ok
 
     low, high = low - 1, max(high, low)
     while high - low > max(ROUND_LARGE_BYTES, high // RESOLUTION):
@@ -88,19 +81,9 @@ def _smallest_cap(pool: LargePool, first: Events, later: Events, low: int, high:
     return high
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Events of the large pool, the most the small pool holds from each to the next, and what the
-    small pool holds at the end."""
-
-    large: Events
-    levels: list[int]
-    small_bytes: int
-
-
-def _split(events: Events, small: int = 0) -> list[_Part]:
+def _split(events: Events, small: int = 0) -> list[Part]:
     """The parts between emptied caches. `small`: what the small pool holds at the start."""
-    parts: list[_Part] = []
+    parts: list[Part] = []
     large: Events = []
     levels: list[int] = []
     sizes: dict[int, int] = {}
@@ -116,12 +99,12 @@ def _split(events: Events, small: int = 0) -> list[_Part]:
         elif key in sizes:
             small -= sizes.pop(key)
         elif (key, size) == EMPTY_CACHE:
-            parts.append(_Part(large, levels, small))
+            parts.append(Part(large, levels, small))
             large, levels = [], []
         else:
             large.append((key, 0))
             levels.append(small)
-    parts.append(_Part(large, levels, small))
+    parts.append(Part(large, levels, small))
     return parts
 
 
