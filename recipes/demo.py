@@ -25,7 +25,7 @@ from recipes.demo_data import SIZE, demo_config, demo_tokenizer, pictures, write
 from recipes.demo_model import write_demo_model
 from recipes.train import Report, Run, judge
 
-TRAINING_PICTURES, QUESTIONS, STEPS, SEED = 1500, 200, 1200, 0
+TRAINING_PICTURES, QUESTIONS, STEPS, SEED = 1500, 200, 900, 0
 
 
 def run(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from planner.errors import UnsupportedError
@@ -213,7 +213,7 @@ def _adapter(module: Any) -> dict[str, Any]:
     name = next(iter(adapters))
     return {
         "a": adapters[name].weight,
-        "b": module.lora_B[name].weight,  # type: ignore[union-attr, index]
+        "b": module.lora_B[name].weight,
         "scaling": module.scaling[name],
         "dropout": float(getattr(module.lora_dropout[name], "p", 0.0)),
     }

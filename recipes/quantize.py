@@ -57,9 +57,10 @@ def random_model(
 def keep_torch_kernels_on_cpu(model: nn.Module) -> None:
     """On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight for inference at the first
     forward in eval mode, and the repacked weight has no backward: keep the plain layout."""
+    attribute = "support_avx512bf16_for_cpu"
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, attribute):
+            setattr(module, attribute, False)
 
 
 def _swap_modules(model: PreTrainedModel, quantization: BitsAndBytesConfig | None) -> Any:
