@@ -120,6 +120,22 @@ class Evaluation(_Frozen):
     language: Literal["es", "en"] = "es"
 
 
+class Vocabulary(_Frozen):
+    """New tokens for `vramwise train`, chosen from its data: how many, and whether their rows are
+    trained alone or beside the adapters."""
+
+    tokens: Count = 1000
+    train: Literal["rows", "with_adapters"] = "with_adapters"
+
+
+class Pruning(_Frozen):
+    """What `vramwise train` removes before it trains. "magnitude" zeroes the smallest weights and
+    saves no memory; "mlp_channels" takes whole channels out of every MLP."""
+
+    kind: Literal["magnitude", "mlp_channels"] = "mlp_channels"
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
 class RunSpec(_Frozen):
     """One fine-tune, and the card it should run on.
 
@@ -155,6 +171,9 @@ class RunSpec(_Frozen):
     schedule: Schedule = Schedule()
     data: Data | None = None
     evaluation: Evaluation | None = None
+    vocabulary: Vocabulary | None = None
+    pruning: Pruning | None = None
+    liger: bool = False
 
 
 def spec_from_mapping(values: Mapping[str, Any]) -> RunSpec:
@@ -222,7 +241,7 @@ def _problems(error: ValidationError) -> list[Problem]:
 def _fields_at(path: list[str]) -> list[str]:
     nested: dict[str, type[BaseModel]] = {
         "lora": Lora, "versions": Versions, "schedule": Schedule, "data": Data,
-        "evaluation": Evaluation,
+        "evaluation": Evaluation, "vocabulary": Vocabulary, "pruning": Pruning,
     }  # fmt: skip
     model = nested[path[0]] if path and path[0] in nested else RunSpec
     return list(model.model_fields)
@@ -230,6 +249,6 @@ def _fields_at(path: list[str]) -> list[str]:
 
 _FIELD_NAMES = {
     name
-    for model in (RunSpec, Lora, Versions, Schedule, Data, Evaluation)
+    for model in (RunSpec, Lora, Versions, Schedule, Data, Evaluation, Vocabulary, Pruning)
     for name in model.model_fields
 }
