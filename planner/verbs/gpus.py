@@ -28,21 +28,19 @@ def run(arguments: list[str]) -> int:
 
         prices = read_prices(given.given["prices"])
     rows = card_rows(spec, prices)
-    fits = any(row.fit.verdict != "does_not_fit" for row in rows)
-    if given.given.get("fitting"):
-        rows = [row for row in rows if row.fit.verdict != "does_not_fit"]
+    fitting = [row for row in rows if row.fit.verdict != "does_not_fit"]
+    shown = fitting if given.given.get("fitting") else rows
     if given.json:
-        sys.stdout.write(json.dumps([row.as_dict() for row in rows]) + "\n")
+        sys.stdout.write(json.dumps([row.as_dict() for row in shown]) + "\n")
     else:
-        show(gpus_lines(rows, priced=prices is not None))
-    return 0 if fits else 1
+        show([Line(summary(rows)), Line(), *gpus_lines(shown, priced=prices is not None)])
+    return 0 if fitting else 1
 
 
 def gpus_lines(rows: list[CardRow], priced: bool) -> list[Line]:
     """The rows as text."""
-    lines = [Line(_summary(rows)), Line()]
     head = f"{'card':<44}{'verdict':<14}{'needs':>8}{'has':>8}  {'tokens/s':>9}  {'step':>9}"
-    lines.append(Line(head + (f"{'per 1M tokens':>15}{'run':>10}" if priced else ""), "head"))
+    lines = [Line(head + (f"{'per 1M tokens':>15}{'run':>10}" if priced else ""), "head")]
     for row in rows:
         fit = row.fit
         sizes = f"{row.device_required_bytes / GIB:>8.1f}{fit.total_bytes / GIB:>8.1f}"
@@ -58,7 +56,8 @@ def gpus_lines(rows: list[CardRow], priced: bool) -> list[Line]:
     return lines
 
 
-def _summary(rows: list[CardRow]) -> str:
+def summary(rows: list[CardRow]) -> str:
+    """How many cards fit, and the smallest, fastest and cheapest of them."""
     fitting = [row for row in rows if row.fit.verdict == "fits"]
     if not fitting:
         return "No known card fits it."
