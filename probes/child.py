@@ -12,7 +12,12 @@ import signal
 import sys
 import time
 import traceback
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from planner.spec import RunSpec
+    from probes.harness import Session
+    from probes.records import Options
 
 _STARTED = time.monotonic()
 
@@ -41,65 +46,76 @@ def main() -> int:
 
 
 def _run(job: dict[str, Any], events: TextIO, cpu: bool) -> None:
-    """job: {"gpu", "weights", "tiny", "others_used_bytes", "deadline_s", "probes": [{"key",
-    "spec", "options"}]}; all probes share one load."""
+    """job: {"gpu", "weights", "tiny", "others_used_bytes", "deadline_s", "snapshots", "probes":
+    [{"key", "spec", "options"}]}; all probes share one load."""
+    from planner.spec import spec_from_mapping
+    from probes.records import Options
+
+    began = time.monotonic()
+    deadline = began + job["deadline_s"] if job.get("deadline_s") else None
+    session = _load(job, events, cpu, deadline)
+    if session is None:
+        return
+    build_seconds = time.monotonic() - began - session.load_seconds
+    for position, probe in enumerate(job["probes"]):
+        if deadline is not None and time.monotonic() > deadline:
+            return
+        spec, options = spec_from_mapping(probe["spec"]), Options(**probe["options"])
+        _tell(events, event="begin", key=probe["key"])
+        started = time.monotonic()
+        folder = job.get("snapshots")
+        snapshot = f"{folder}/{probe['key']}" if folder else None
+        answer = _measured(session, spec, options, snapshot)
+        process = {
+            "position": position,
+            "load_seconds": session.load_seconds,
+            "build_seconds": build_seconds,
+            "total_seconds": time.monotonic() - started,
+        }
+        _tell(events, event="result", key=probe["key"], process=process, **answer)
+
+
+def _load(job: dict[str, Any], events: TextIO, cpu: bool, deadline: float | None) -> Session | None:
+    """The session of the job's first spec; None (and told) where it cannot be loaded."""
     from planner.errors import VramwiseError
     from planner.spec import spec_from_mapping
     from probes.configs import config_for
     from probes.environment import describe
     from probes.harness import OutOfMemoryError, Session, Situation
     from probes.meters import open_meter
-    from probes.records import Options
     from recipes.build import allocator_settings
 
-    probes = [(p["key"], spec_from_mapping(p["spec"]), Options(**p["options"]))
-              for p in job["probes"]]  # fmt: skip
-    first = probes[0][1]
-    began = time.monotonic()
+    first = spec_from_mapping(job["probes"][0]["spec"])
     allocator_settings(first)
-    environment = describe(cpu, job.get("gpu"), _settings(first))
-    deadline = began + job["deadline_s"] if job.get("deadline_s") else None
-    situation = Situation(
-        gpu_index=job.get("gpu") or 0,
-        others_used_bytes=job["others_used_bytes"],
-        deadline=deadline,
-    )
+    environment = describe(cpu, job.get("gpu"), _settings(first)).model_dump(mode="json")
+    situation = Situation(job.get("gpu") or 0, job["others_used_bytes"], deadline)
     meter = open_meter(cpu)
     try:
         config = config_for(first.model, tiny=job["tiny"])
         session = Session(first, config, meter, job["weights"], situation)
     except (OutOfMemoryError, VramwiseError) as error:
-        _tell(events, event="load_failed", evidence=f"loading: {error}",
-              outcome="oom" if isinstance(error, OutOfMemoryError) else "skipped",
-              environment=environment.model_dump(mode="json"))  # fmt: skip
-        return
-    _tell(events, event="loaded", seconds=session.load_seconds,
-          environment=environment.model_dump(mode="json"))  # fmt: skip
-    build_seconds = time.monotonic() - began - session.load_seconds
-    for position, (key, spec, options) in enumerate(probes):
-        if deadline is not None and time.monotonic() > deadline:
-            return
-        _tell(events, event="begin", key=key)
-        started = time.monotonic()
-        snapshot = os.path.join(job["snapshots"], key) if job.get("snapshots") else None  # noqa: PTH118
-        answer: dict[str, Any] = {}
-        try:
-            answer = {"outcome": "ok", "meters": session.measure(spec, options, snapshot)}
-        except OutOfMemoryError as error:
-            answer = {"outcome": "oom", "evidence": str(error)}
-        except VramwiseError as error:
-            answer = {"outcome": "skipped", "evidence": str(error)}
-        meters = answer.pop("meters", None)
-        _tell(
-            events, event="result", key=key, **answer,
-            meters=meters.model_dump(mode="json") if meters else None,
-            process={
-                "position": position,
-                "load_seconds": session.load_seconds,
-                "build_seconds": build_seconds,
-                "total_seconds": time.monotonic() - started,
-            },
-        )  # fmt: skip
+        outcome = "oom" if isinstance(error, OutOfMemoryError) else "skipped"
+        _tell(events, event="load_failed", evidence=f"loading: {error}", outcome=outcome,
+              environment=environment)  # fmt: skip
+        return None
+    _tell(events, event="loaded", seconds=session.load_seconds, environment=environment)
+    return session
+
+
+def _measured(
+    session: Session, spec: RunSpec, options: Options, snapshot: str | None
+) -> dict[str, Any]:
+    """Outcome, evidence and meters of one probe; what is no outcome of a probe passes through."""
+    from planner.errors import VramwiseError
+    from probes.harness import OutOfMemoryError
+
+    try:
+        meters = session.measure(spec, options, snapshot).model_dump(mode="json")
+    except OutOfMemoryError as error:
+        return {"outcome": "oom", "evidence": str(error), "meters": None}
+    except VramwiseError as error:
+        return {"outcome": "skipped", "evidence": str(error), "meters": None}
+    return {"outcome": "ok", "meters": meters}
 
 
 def _die_with_parent() -> None:

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from planner.spec import RunSpec
 
 SCHEMA_VERSION = 1
+# Evaluation batches that a probe runs: one that warms up, two that are timed.
+EVALUATIONS = 3
 Outcome = Literal["ok", "oom", "crash", "timeout", "skipped"]
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from planner.errors import InputError, Problem, nearest_name
 from planner.units import GIB
-from probes.records import Record
+from probes.records import EVALUATIONS, Record
 from probes.store import latest, read
 
 _DEFAULT_STORE = Path("results/records")
@@ -78,9 +78,22 @@ def row(record: Record) -> dict[str, Any]:
         flat.update(_meters(record))
     if record.process is not None:
         flat.update({f"process.{k}": v for k, v in record.process.model_dump().items()})
+        flat["process.overhead_s"] = overhead_s(record)
     for name, value in (record.predicted or {}).items():
         flat[f"predicted.{name}"] = _text(value)
     return flat
+
+
+def overhead_s(record: Record) -> float | None:
+    """Seconds that a probe took beyond its steps, evaluation and bisection (loading apart)."""
+    meters, process = record.meters, record.process
+    if meters is None or process is None or meters.step_seconds is None:
+        return None
+    evaluation = meters.phases.get("evaluation")
+    each = evaluation.seconds.median_s if evaluation and evaluation.seconds else 0.0
+    bisection = meters.capacity.seconds if meters.capacity else 0.0
+    steps = meters.step_seconds.median_s * record.options.steps
+    return process.total_seconds - steps - EVALUATIONS * each - bisection
 
 
 def _meters(record: Record) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from transformers import PrinterCallback, TrainerCallback
 from planner.spec import RunSpec
 from probes.clean import remember, restore, restore_values
 from probes.phases import PhaseClock, watching
+from probes.records import EVALUATIONS
 from probes.samples import Pool, Sample, collate, make_pool
 from recipes.build import Built
 from recipes.lean import LeanStep
 from recipes.phases import Phase
 from recipes.stock import stock_trainer
 
-# Evaluation batches a probe runs: one that warms up, two that are timed.
-_EVALUATIONS = 3
 # Nothing is logged, saved or evaluated between the steps that are timed.
 _QUIET: dict[str, Any] = {"logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no"}
 
@@ -60,7 +59,7 @@ class StockRunner:
             )
             trainer.remove_callback(PrinterCallback)
             result = trainer.train()
-            for _ in range(_EVALUATIONS if evaluation is not None else 0):
+            for _ in range(EVALUATIONS if evaluation is not None else 0):
                 clock.hold("evaluation")
                 trainer.evaluate()
                 clock.release()
@@ -101,7 +100,7 @@ class LeanRunner:
         pool = evaluation_pool(self.built)
         if pool is not None:
             batch = collate(list(iter_pool(pool)))
-            for _ in range(_EVALUATIONS):
+            for _ in range(EVALUATIONS):
                 clock.hold("evaluation")
                 self._step.evaluate(batch)
                 clock.release()
