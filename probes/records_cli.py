@@ -68,7 +68,7 @@ def row(record: Record) -> dict[str, Any]:
     flat = {
         "key": record.key, "campaign": record.campaign, "time_utc": record.time_utc,
         "outcome": record.outcome, "evidence": record.evidence, **spec,
-        **{f"lora.{name}": _text(value) for name, value in lora.items()},
+        **{f"lora.{name}": _joined(value) for name, value in lora.items()},
         **{f"options.{name}": value for name, value in record.options.model_dump().items()},
     }  # fmt: skip
     if record.environment is not None:
@@ -80,7 +80,7 @@ def row(record: Record) -> dict[str, Any]:
         flat.update({f"process.{k}": v for k, v in record.process.model_dump().items()})
         flat["process.overhead_s"] = overhead_s(record)
     for name, value in (record.predicted or {}).items():
-        flat[f"predicted.{name}"] = _text(value)
+        flat[f"predicted.{name}"] = _joined(value)
     return flat
 
 
@@ -123,7 +123,7 @@ def filtered(table: pd.DataFrame, conditions: list[str]) -> pd.DataFrame:
             near = nearest_name(field, table.columns)
             raise InputError(Problem("--where", "is not FIELD=VALUE of a field that the records "
                                      "have", condition, nearest=near))  # fmt: skip
-        table = table[[str(_text(found)).lower() == value.lower() for found in table[field]]]
+        table = table[[_text(found).lower() == value.lower() for found in table[field]]]
     return table
 
 
@@ -158,13 +158,15 @@ def markdown(table: pd.DataFrame) -> str:
     names = [name for name in _LISTED if name in table.columns]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for values in table[names].itertuples(index=False):
-        lines.append("| " + " | ".join("-" if pd.isna(v) else str(_text(v)) for v in values) + " |")
+        lines.append("| " + " | ".join("-" if pd.isna(v) else _text(v) for v in values) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _text(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return ",".join(str(part) for part in value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return value if value is None or isinstance(value, int | float | str) else str(value)
+def _joined(value: Any) -> Any:
+    """A list as one cell; everything else as it is, so that a column keeps its type."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _text(value: Any) -> str:
+    """A cell as read: whole numbers without a fraction."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
