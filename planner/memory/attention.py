@@ -103,6 +103,52 @@ def flash(t: Engine, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Te
     return t.record(out, (q, k, v), (q, k, v, out, lse, seed, seed), backward)
 
 
+def flash_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+    """sdpa of pieces of `length` positions, one after another: torch.split, the flash kernel for
+    each, torch.cat of the outputs (1, P, h, d). One node stands for all of it.
+
+    Backward makes the pieces' gradients one by one, then joins those of v, k and q.
+    """
+    _, heads, positions, dim = q.shape
+    pieces, shape = positions // length, q.shape
+    left, needs = (q, k, v), (q.requires_grad, k.requires_grad, v.requires_grad)
+    q, k, v = t.lower(q), t.lower(k), t.lower(v)
+    dtype = q.dtype
+    flops, traffic = 4 * positions * heads * length * dim, 4 * dtype.itemsize * prod(shape)
+    parts = t.new((1, positions, heads, dim), dtype, "attention")
+    lse = t.new((positions, heads), F32, "attention log-sum-exp")
+    t.count_matmul(flops, traffic, dtype)
+    t.count(2 * grad_bytes(parts), pieces)
+    joined = t.new((1, positions, heads, dim), dtype, "cat (attention)")
+    source = left[0].dtype
+
+    def backward(g: Tensor) -> tuple[Tensor | None, ...]:
+        rounded, width = (length + 127) // 128 * 128, (dim + 31) // 32 * 32
+        t.count_matmul(flops * 5 // 2, 3 * traffic, dtype)
+        t.count(3 * grad_bytes(g), 4 * pieces)
+        row_sums = t.new((heads, rounded), F32, "attention row sums (backward)")
+        accumulator = t.new((heads, rounded, width), F32, "attention dq accumulator")
+        del row_sums, accumulator
+        grads: list[Tensor | None] = [
+            t.new(shape, source, "attention (backward)") if need else None for need in needs
+        ]
+        for index in (2, 1, 0):
+            if needs[index]:
+                grads[index] = _like_bshd(t, shape, source, "cat (split backward)")
+        return tuple(grads)
+
+    return t.record(joined, left, (q, k, v, parts, lse), backward)
+
+
+def eager_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+    """Eager attention of pieces of `length` positions, as one batch of them: (1, P, h, d)."""
+    _, heads, positions, dim = q.shape
+    shape = (positions // length, heads, length, dim)
+    split = (t.alias(x, shape, False, reshapes=False) for x in (q, k, v))
+    out, _weights = eager(t, *split, None)
+    return t.alias(out, (1, positions, heads, dim), True)
+
+
 def efficient(
     t: Engine, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool
 ) -> Tensor:

@@ -276,6 +276,18 @@ def minimum(a: Any, b: Any) -> Any:
     return a + (b - a) * (b < a)
 
 
+def gated_mlp(t: Engine, loaded: Any, prefix: str, x: Tensor, act: str) -> Tensor:
+    """down(act(gate(x)) * up(x)); `loaded` gives the linears by path."""
+    gate = linear(t, loaded.linear(f"{prefix}gate_proj"), x)
+    with t.recorder.scope(f"{prefix}act_fn"):
+        gate = t.activation(gate, act)
+    up = linear(t, loaded.linear(f"{prefix}up_proj"), x)
+    with t.recorder.scope(prefix.rstrip(".")):
+        product = t.mul(gate, up)
+    del gate, up
+    return linear(t, loaded.linear(f"{prefix}down_proj"), product)
+
+
 def causal_lm_loss(t: Engine, logits: Tensor, labels: Tensor) -> Tensor:
     """ForCausalLMLoss (transformers/loss/loss_utils.py): fp32 logits, shifted labels, summed
     cross-entropy divided by the number of items."""

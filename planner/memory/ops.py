@@ -269,14 +269,16 @@ class Engine:
             x = self.clone(x, "reshape")
         return self.alias(x, shape, True)
 
-    def alias(self, x: Tensor, shape: Shape, contiguous: bool) -> Tensor:
+    def alias(
+        self, x: Tensor, shape: Shape, contiguous: bool, reshapes: bool = True
+    ) -> Tensor:
         """A differentiable view: view, unsqueeze, expand without broadcast. Its backward is
         grad.reshape(source): a copy of a gradient in another memory order."""
         out = x.view(shape, contiguous)
         source = x.shape
 
         def backward(g: Tensor) -> tuple[Tensor]:
-            if not g.contiguous:
+            if reshapes and not g.contiguous:
                 self.count(2 * grad_bytes(g))
                 g = self.new(g.shape, g.dtype, "reshape (backward)")
             return (g.view(source),)

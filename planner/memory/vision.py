@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from planner.dtypes import DType
 from planner.memory.ops import BOOL, F32, Engine, grad_bytes
@@ -120,6 +121,42 @@ def rows_apart(t: Engine, x: Tensor) -> Tensor:
         return (t.new(source, g.dtype, "stack (backward)"),)
 
     return t.record(out, (x,), (), backward)
+
+
+def gather_rows(t: Engine, x: Tensor, rows: Any) -> Tensor:
+    """x[index] over rows: a copy; backward adds into zeros (index_put, sorted by index)."""
+    shape, source = (rows, *x.shape[1:]), x.shape
+    out = t.new(shape, x.dtype, "index")
+    t.count(2 * grad_bytes(out))
+
+    def backward(g: Tensor) -> tuple[Tensor]:
+        t.count(3 * grad_bytes(g), 2)
+        return (t.new(source, g.dtype, "index (backward)"),)
+
+    return t.record(out, (x,), (), backward)
+
+
+def unbind_qkv(t: Engine, x: Tensor, shape: Shape) -> list[Tensor]:
+    """x.reshape(P, 3, h, d).permute(1, 0, 2, 3).unbind(0): three views; their gradients are
+    stacked and laid out again."""
+    source, dtype = x.shape, x.dtype
+    grads: list[Tensor] = []
+    token = Tensor(None, source, dtype)
+
+    def join(_: Tensor) -> tuple[Tensor]:
+        t.count(4 * prod(source) * dtype.itemsize, 2)
+        stacked = t.new((3, *shape), dtype, "stack (backward)")
+        grads.clear()
+        whole = t.new(source, dtype, "reshape (backward)")
+        del stacked
+        return (whole,)
+
+    def collect(g: Tensor) -> tuple[Tensor | None]:
+        grads.append(g)
+        return (token if len(grads) == 3 else None,)
+
+    base = t.record(x.view(source), (x,), (), join)
+    return [t.record(x.view(shape), (base,), (), collect) for _ in range(3)]
 
 
 def average_pool(t: Engine, x: Tensor, out_shape: Shape) -> Tensor:

@@ -222,15 +222,7 @@ class Decoder:
         return q_out, t.cat((self._turned(k_rot, cos, sin), k_pass), k.shape)
 
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        t = self.t
-        scaled = t.mul(x, cos)
-        half = x.shape[-1] // 2
-        first, second = t.slice_last(x, half), t.slice_last(x, x.shape[-1] - half)
-        negated = t.neg(second)
-        turned = t.cat((negated, first), x.shape)
-        del negated, first, second
-        turned = t.mul(turned, sin)
-        return t.add(scaled, turned)
+        return turned(self.t, x, cos, sin)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
@@ -258,6 +250,18 @@ class Decoder:
         if window is None or not decide(length >= window):
             return None
         return attention_ops.bool_mask(self.t, batch, length, window=True)
+
+
+def turned(t: Engine, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + rotate_half(x) * sin."""
+    scaled = t.mul(x, cos)
+    half = x.shape[-1] // 2
+    first, second = t.slice_last(x, half), t.slice_last(x, x.shape[-1] - half)
+    negated = t.neg(second)
+    swapped = t.cat((negated, first), x.shape)
+    del negated, first, second
+    swapped = t.mul(swapped, sin)
+    return t.add(scaled, swapped)
 
 
 def causal_forward(

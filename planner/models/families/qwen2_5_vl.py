@@ -39,3 +39,5 @@ modules = qwen2_vl.modules
 image_tokens = qwen2_vl.image_tokens
 image_features = qwen2_vl.image_features
 patch_grid = qwen2_vl.patch_grid
+forward = qwen2_vl.forward
+pixels = qwen2_vl.pixels

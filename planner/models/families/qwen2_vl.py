@@ -8,6 +8,12 @@ from dataclasses import dataclass, replace
 from math import ceil, floor, sqrt
 from typing import Any, TypedDict
 
+from planner.memory import vision as vision_ops
+from planner.memory.loaded import Loaded
+from planner.memory.ops import Engine
+from planner.memory.step import Batch
+from planner.memory.storage import Recorder
+from planner.memory.tensor import Tensor
 from planner.models.decoder import (
     DecoderGeometry,
     Defaults,
@@ -19,9 +25,13 @@ from planner.models.decoder import (
     stack_modules,
     weighted,
 )
-from planner.models.images import needed_size
+from planner.models.decoder_step import head_and_loss
+from planner.models.images import image_input, needed_size
+from planner.models.qwen_vision import PatchTower, QwenVlDecoder
 from planner.models.reading import Reader
 from planner.models.tree import Component, Module
+from planner.models.vision_step import join
+from planner.spec import RunSpec
 
 MODEL_TYPES = ("qwen2_vl",)
 AUTO_CLASS = "AutoModelForImageTextToText"
@@ -190,3 +200,40 @@ def image_features(geometry: QwenVlGeometry, image_size: int | None) -> int:
 def image_tokens(geometry: QwenVlGeometry, image_size: int | None) -> int:
     """Merged patches and two marks, by the size of the image."""
     return image_features(geometry, image_size) + IMAGE_MARKS
+
+
+def pixels(recorder: Recorder, geometry: QwenVlGeometry, spec: RunSpec) -> Tensor:
+    """pixel_values: a row a patch, (patches of all images, channels · frames · pixels) fp32."""
+    vision = geometry.vision
+    rows, columns = patch_grid(geometry, spec.image_size)
+    patches = spec.micro_batch_size * spec.images_per_sample * rows * columns
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return image_input(recorder, (patches, width))
+
+
+def forward(t: Engine, loaded: Loaded, geometry: QwenVlGeometry, batch: Batch) -> tuple[Any, ...]:
+    """`Qwen2VLForConditionalGeneration.forward` (and 2.5's): loss, logits, the cache."""
+    decoder = QwenVlDecoder(t, loaded, geometry.text, "model.language_model.")
+    embeds = decoder.embed(batch.ids)
+    features = None
+    if batch.pixels is not None:
+        features = _image_features(t, loaded, geometry, batch)
+        features = t.to(features, embeds.dtype)
+        embeds = join(t, embeds, batch.ids, features)
+    hidden = decoder.layers(embeds)
+    del embeds, features
+    loss, logits = head_and_loss(t, loaded, geometry.text, hidden, batch.labels)
+    return loss, logits, decoder.cache
+
+
+def _image_features(t: Engine, loaded: Loaded, geometry: QwenVlGeometry, batch: Batch) -> Tensor:
+    """get_image_features, and the cat of what it split by image."""
+    assert batch.pixels is not None
+    images = batch.ids.shape[0] * loaded.spec.images_per_sample
+    grid = patch_grid(geometry, loaded.spec.image_size)
+    weight = loaded.parameter("model.visual.patch_embed.proj")
+    pixel_values = t.to(batch.pixels, weight.dtype)
+    tower = PatchTower(t, loaded, geometry.vision, "model.visual.", images, grid)
+    merged = tower(pixel_values)
+    del pixel_values
+    return vision_ops.rows_apart(t, merged)
