@@ -123,19 +123,32 @@ def _expandable(program: Program, workspace_bytes: int) -> Reserve:
 
 
 def first_step(program: Program, workspace_bytes: int) -> Events:
-    """The first optimizer step. A workspace comes with the first product of each thread: the
-    forward's, and autograd's; optimizer states with the optimizer's, gradients still there."""
+    """The first optimizer step. A workspace comes with the first product of each thread, after its
+    output: the forward's, and autograd's; optimizer states with the optimizer's, gradients still
+    there."""
     recorder = program.recorder
     starts = {instant.name: instant.start for instant in reversed(recorder.instants)}
-    backward, optimizer = starts["backward"], starts["optimizer step"]
+    optimizer = starts["optimizer step"]
+    forward = _first_product(program, starts["forward"])
+    backward = _first_product(program, starts["backward"])
     base = len(program.loading.events)  # ids of loading are below
     events = _events(program, base)
     stays = base + len(recorder.blocks)
     states = [(stays + 2 + index, size) for index, size in enumerate(program.states.tensors)]
     return [
-        (stays, workspace_bytes), *events[:backward], (stays + 1, workspace_bytes),
-        *events[backward:optimizer], *states, *events[optimizer:],
+        *events[:forward], (stays, workspace_bytes), *events[forward:backward],
+        (stays + 1, workspace_bytes), *events[backward:optimizer], *states, *events[optimizer:],
     ]  # fmt: skip
+
+
+def _first_product(program: Program, start: int) -> int:
+    """The event after the first matrix product's output."""
+    recorder = program.recorder
+    for position in range(start, len(recorder.events)):
+        index = recorder.events[position]
+        if index >= 0 and recorder.blocks[index].op.partition(" ")[0] in ("mm", "bmm"):
+            return position + 1
+    return start
 
 
 def later_step(program: Program) -> Events:
