@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PretrainedConfig
 
 from planner.errors import InputError, Problem, UnsupportedError, VramwiseError
 from planner.spec import RunSpec
+from recipes.base_changes import changed_base
 from recipes.build import Built, build
 from recipes.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from recipes.checks import (
@@ -42,7 +44,10 @@ from recipes.evaluation.scoring import (
 from recipes.images import image_token_ids
 from recipes.layers import decoder_layers
 from recipes.lean import DEFAULT_OPTIONS, LeanOptions, LeanStep, reached_layers
+from recipes.liger import apply_liger
 from recipes.models import load_config
+from recipes.train_stock import train_stock
+from recipes.vocabulary import train_new_rows
 
 Say = Callable[[str], None]
 
@@ -153,18 +158,23 @@ class Run:
         weights: str | Path = "random", say: Say = lambda text: None,
         options: LeanOptions = DEFAULT_OPTIONS,
     ) -> None:  # fmt: skip
-        if spec.stack != "lean":
-            raise UnsupportedError('vramwise train runs the lean stack: set stack = "lean"')
         self.spec, self.output, self.say = spec, output, say
         output.mkdir(parents=True, exist_ok=True)
-        config = config or load_config(spec.model)
-        self.prepared = prepare(spec, config, tokenizer or tokenizer_of(spec))
+        changed = changed_base(
+            spec, config or load_config(spec.model), tokenizer or tokenizer_of(spec), weights,
+            output / "base", _corpus(spec), say,
+        )  # fmt: skip
+        config, weights = changed.config, changed.weights
+        self.prepared = prepare(spec, config, changed.tokenizer)
         self._stop_on_errors([*check_settings(spec), *check_data(spec, self.prepared)])
         self.built: Built = build(spec, config=config, device=device, weights=weights)
+        self._change_model(changed.first_new_id)
         self._fill_images()
         self.batches = training_batches(spec, self.prepared)
         self.steps = total_steps(spec, self.batches)
-        self.lean = LeanStep(self.built, spec, total_steps=self.steps, options=options)
+        self._lean: LeanStep | None = None
+        if spec.stack == "lean":
+            self._lean = LeanStep(self.built, spec, total_steps=self.steps, options=options)
         layers = len(decoder_layers(self.built.base))
         self._stop_on_errors(check_model(self.built.model, reached_layers(self.built), layers))
         self.losses: list[float] = []
@@ -172,7 +182,15 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """Where this run's checkpoints lie."""
         return self.output / "checkpoints"
+
+    @property
+    def lean(self) -> LeanStep:
+        """The lean step; UnsupportedError on the stock stack, which has none."""
+        if self._lean is None:
+            raise UnsupportedError("the stock stack has no lean step")
+        return self._lean
 
     def train(self, stop_after: int | None = None) -> list[float]:
         """Train to the end (or to step `stop_after`), saving as the spec says; all losses so far.
@@ -180,6 +198,12 @@ class Run:
         Raises TrainingError for a loss that is no number, CheckpointError for a checkpoint that
         cannot be written or trusted. Nothing of an earlier checkpoint is touched by either.
         """
+        if self._lean is None:
+            held_out, steps = self.prepared.held_out, stop_after or self.steps
+            self.losses, _ = train_stock(
+                self.built, self.spec, self.batches, held_out, self.output, steps, self.say
+            )
+            return self.losses
         self._resume()
         every = self.spec.schedule.save_every_steps
         last = min(self.steps, stop_after or self.steps)
@@ -281,9 +305,21 @@ class Run:
         _rewrite(self.output / "losses.jsonl", lines)
         self.say(f"going on from step {checkpoint.step}")
 
+    def _change_model(self, first_new_id: int | None) -> None:
+        """Liger's kernels and trained new rows, as the spec asks for them."""
+        self.first_new_id = first_new_id
+        if self.spec.liger:
+            apply_liger(self.built.base)
+        if first_new_id is not None and self.spec.vocabulary is not None:
+            if self.spec.vocabulary.train == "rows":
+                self.built.model.requires_grad_(False)
+            train_new_rows(self.built.base, first_new_id)
+
     def _fill_images(self) -> None:
-        """Each image to its tokens, once, in the samples' own ids."""
-        groups = (self.prepared.training, self.prepared.held_out)
+        """Each image to its tokens, once, in the samples' own ids (the stock stack is handed
+        pixels: there only the questions' images)."""
+        lean = self.spec.stack == "lean"
+        groups = (self.prepared.training, self.prepared.held_out) if lean else ()
         images = [s.image for samples in groups for s in samples if s.image is not None]
         tokens = self._image_tokens([*images, *(q.image for q in self.prepared.questions)])
         for samples in groups:
@@ -336,7 +372,7 @@ def run(
     judged = judge(output, run.prepared.questions, base, tuned)
     report = Report(
         steps=len(losses), losses=losses, seconds=seconds, step_seconds=seconds / fresh,
-        tokens_per_second=tokens * fresh / seconds,
+        tokens_per_second=tokens * fresh / max(seconds, 1e-9),
         peak_allocated_bytes=torch.cuda.max_memory_allocated() if on_cuda else 0,
         peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda else 0,
         base=judged[0], tuned=judged[1], p_value=judged[2], planned=planned, output=str(output),
@@ -344,6 +380,13 @@ def run(
     model: Any = run.built.model
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
+    if run.first_new_id is not None:
+        rows = {
+            n: p.detach()[run.first_new_id :].cpu().contiguous()
+            for n, p in run.built.base.named_parameters()
+            if p.requires_grad and "lora_" not in n
+        }
+        save_file(rows, output / "new_rows.safetensors")
     (output / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", "utf-8")
     return report
 
@@ -371,6 +414,14 @@ def _questions(spec: RunSpec) -> list[Question]:
     if judged.sample == "first":
         return questions[: judged.questions]
     return stratified(questions, judged.questions, spec.schedule.seed)
+
+
+def _corpus(spec: RunSpec) -> list[str]:
+    """The training texts that new tokens are chosen from; none where none are asked for."""
+    if spec.vocabulary is None or spec.data is None:
+        return []
+    samples = samples_of(read_table(spec.data.source), spec.data.format)
+    return [f"{s.instruction} {s.input} {s.output}" for s in samples]
 
 
 def tokenizer_of(spec: RunSpec) -> Any:

@@ -55,9 +55,7 @@ def choose_tokens(tokenizer: Any, texts: Iterable[str], count: int) -> list[str]
 
 
 @torch.no_grad()
-def extend(
-    model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], count: int
-) -> Extension:
+def extend(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], count: int) -> Extension:
     """Add up to `count` tokens to tokenizer and model, before quantised modules or adapters see
     the new size. Both matrices grow; each new row is the mean of its pieces' rows."""
     before = fertility(tokenizer, texts)
@@ -66,7 +64,7 @@ def extend(
     tokenizer.add_tokens(tokens)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
     first = min(ids, default=len(tokenizer))
-    rows = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
+    rows = max(len(tokenizer), _matrices(model)[0].shape[0])
     model.resize_token_embeddings(rows, mean_resizing=False)
     for matrix in _matrices(model):
         for new, pieces in zip(ids, replaced, strict=True):

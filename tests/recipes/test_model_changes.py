@@ -25,7 +25,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<pad>"],
-                                  initial_alphabet=[*"abcdefghijklmnopqrstuvwxyzáéíóúñ"])  # fmt: skip
+                                  initial_alphabet=[*"abcdefghijklmnopqrstuvwxyzáéí"])  # fmt: skip
     tokenizer.train_from_iterator(ENGLISH, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from planner.errors import InputError
+from planner.errors import InputError, VramwiseError
 from planner.spec import spec_from_mapping
 from recipes import checkpoints as store
 from recipes.checkpoints import CheckpointError, checkpoints, load_checkpoint, save_checkpoint
@@ -167,3 +168,35 @@ def test_training_without_data_is_refused() -> None:
     with pytest.raises(InputError, match=r"data\.source"):
         Run(spec, Path("unused-folder"), device="cpu", tokenizer=demo_tokenizer())
     Path("unused-folder").rmdir()
+
+
+@pytest.mark.parametrize("train", ["rows", "with_adapters"])
+def test_a_run_with_new_tokens_and_pruning(made, tmp_path, train) -> None:
+    changes = {"vocabulary": {"tokens": 4, "train": train}, "pruning": {"fraction": 0.5}}
+    values = _spec(made).model_dump(exclude_none=True) | changes
+    said: list[str] = []
+    report = run(spec_from_mapping(values), tmp_path, device="cpu", weights=made[2],
+                 say=said.append)  # fmt: skip
+    assert report.steps == STEPS
+    assert any("pruned" in line for line in said)
+    rows = load_file(tmp_path / "new_rows.safetensors")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    assert config["intermediate_size"] == 64
+    changed = json.loads((tmp_path / "base/changes.json").read_text())
+    added = len(changed["vocabulary"]["tokens"])
+    assert all(len(values) == added for values in rows.values())
+
+
+def test_liger_without_liger_is_told(made, tmp_path) -> None:
+    spec = _spec(made).model_copy(update={"liger": True})
+    with pytest.raises(VramwiseError, match="liger"):
+        Run(spec, tmp_path, device="cpu", weights=made[2])
+
+
+def test_the_stock_stack_trains_on_the_same_data(made, tmp_path) -> None:
+    spec = _spec(made, evaluate_every_steps=3).model_copy(update={"stack": "stock"})
+    report = run(spec, tmp_path, device="cpu", weights=made[2])
+    assert len(report.losses) == STEPS
+    assert report.tuned is not None
+    more = Run(spec, tmp_path, device="cpu", weights=made[2]).train()  # nothing is left to do
+    assert len(more) == STEPS
