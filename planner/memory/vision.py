@@ -159,6 +159,31 @@ def unbind_qkv(t: Engine, x: Tensor, shape: Shape) -> list[Tensor]:
     return [t.record(x.view(shape), (base,), (), collect) for _ in range(3)]
 
 
+def pack_tiles(t: Engine, x: Tensor, shape: Shape, tiles: int) -> Tensor:
+    """LLaVA-NeXT's pack_image_features, one image after another: the tiles laid out as one map (a
+    copy), a column of separators (cat), the whole image before it (cat). x (N · tiles, P, D);
+    shape (N, features, D). Backward undoes it image by image and joins what was split."""
+    source, dtype = x.shape, x.dtype
+    maps = ((tiles - 1) * source[1], source[2])
+    rows = shape[1:]
+
+    def one_image(op: str) -> None:
+        laid_out = t.new(maps, dtype, op)
+        separated = t.new(rows, dtype, op)
+        del laid_out, separated
+
+    one_image("cat (tiles)")
+    out = t.new(shape, dtype, "cat (image features)")
+    t.count(6 * grad_bytes(out), 4)
+
+    def backward(g: Tensor) -> tuple[Tensor]:
+        one_image("cat (tiles, backward)")
+        t.count(6 * grad_bytes(g), 6)
+        return (t.new(source, g.dtype, "cat (split backward)"),)
+
+    return t.record(out, (x,), (), backward)
+
+
 def average_pool(t: Engine, x: Tensor, out_shape: Shape) -> Tensor:
     """nn.AvgPool2d of (N, C, H, W): saves its input."""
     out = t.new(out_shape, x.dtype, "avg_pool2d")

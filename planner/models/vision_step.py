@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from planner.dtypes import DType
+from planner.errors import UnsupportedError
 from planner.memory import attention as attention_ops
 from planner.memory import layers as nn
 from planner.memory import vision as ops
@@ -75,16 +76,16 @@ class Tower:
             states.append(hidden)
         return states
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The last layer's output alone; what earlier layers made goes as they return."""
-        hidden = self.embed(pixels)
-        if self.g.class_token:
-            hidden = self._norm("pre_layrnorm", hidden)
-        embeds = hidden  # `inputs_embeds`, a name of the encoder's forward
+    def last_hidden_state(self, pixels: Tensor) -> Tensor:
+        """SiglipVisionModel.forward without a head: post_layernorm of the last layer's output."""
+        if self.g.vision_use_head:
+            raise UnsupportedError("vision_config.vision_use_head: the head has no step program")
+        embeds = hidden = self.embed(pixels)
         for index in range(self.g.num_hidden_layers):
             hidden = self._checkpointed(index, hidden)
+        last = self._norm("post_layernorm", hidden)
         del embeds
-        return hidden
+        return last
 
     def pooled(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """post_layernorm: of CLIP's class token, of all SigLIP positions (and then its head)."""

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
 
+from planner.memory import layers as nn
+from planner.memory import vision as vision_ops
+from planner.memory.loaded import Loaded
+from planner.memory.ops import Engine
+from planner.memory.step import Batch
+from planner.memory.storage import Recorder
+from planner.memory.tensor import Tensor
 from planner.models.decoder import DecoderGeometry, head_module, stack_modules, weighted
+from planner.models.decoder_step import Decoder, head_and_loss
 from planner.models.families import gemma3_text
+from planner.models.images import image_input
 from planner.models.reading import Reader
 from planner.models.towers import TowerGeometry, read_tower, tower_modules
 from planner.models.tree import Module
+from planner.models.vision_step import Tower, join
+from planner.spec import RunSpec
 
 MODEL_TYPES = ("gemma3",)
 AUTO_CLASS = "AutoModelForImageTextToText"
@@ -67,3 +78,49 @@ def image_tokens(geometry: Gemma3Geometry, image_size: int | None) -> int:
 
 def image_features(geometry: Gemma3Geometry, image_size: int | None) -> int:
     return geometry.tokens_per_image
+
+
+def pixels(recorder: Recorder, geometry: Gemma3Geometry, spec: RunSpec) -> Tensor:
+    """pixel_values: (B · images, 3, H, W) fp32."""
+    tower = geometry.vision
+    count = spec.micro_batch_size * spec.images_per_sample
+    return image_input(recorder, (count, tower.num_channels, tower.image_size, tower.image_size))
+
+
+def forward(t: Engine, loaded: Loaded, geometry: Gemma3Geometry, batch: Batch) -> tuple[Any, ...]:
+    """`Gemma3ForConditionalGeneration.forward` without token_type_ids: loss, logits, the cache,
+    image_hidden_states. No soft cap on the logits: that is the text class's."""
+    decoder = Decoder(t, loaded, geometry.text, "model.language_model.")
+    embeds = decoder.embed(batch.ids)
+    features = None
+    if batch.pixels is not None:
+        tower = Tower(t, loaded, geometry.vision, "model.vision_tower.")
+        last = tower.last_hidden_state(batch.pixels)
+        features = _project(t, loaded, geometry, last)
+        del last
+        features = t.to(features, embeds.dtype)
+        embeds = join(t, embeds, batch.ids, features)
+    hidden = decoder.layers(embeds)
+    del embeds
+    text = replace(geometry.text, final_logit_softcapping=None)
+    loss, logits = head_and_loss(t, loaded, text, hidden, batch.labels)
+    return loss, logits, decoder.cache, features
+
+
+def _project(t: Engine, loaded: Loaded, geometry: Gemma3Geometry, last: Tensor) -> Tensor:
+    """Gemma3MultiModalProjector.forward: pooled to mm_tokens_per_image, normed, projected."""
+    path, source = "model.multi_modal_projector", last.dtype
+    images, _patches, width = last.shape
+    edge = isqrt(geometry.tokens_per_image)
+    with t.recorder.scope(path):
+        maps = t.contiguous(t.transpose(last, 1, 2))
+        pooled = vision_ops.average_pool(t, maps, (images, width, edge, edge))
+        pooled = t.transpose(t.alias(pooled, (images, width, edge * edge), True), 1, 2)
+    norm = f"{path}.mm_soft_emb_norm"
+    with t.recorder.scope(norm):
+        normed = nn.gemma_rms_norm(t, loaded.parameter(norm), pooled)
+    with t.recorder.scope(path):
+        weight = loaded.parameter(path, "mm_input_projection_weight")
+        rows = t.contiguous(t.lower(normed))
+        projected = nn.matmul(t, rows, t.transpose(weight, 0, 1))
+        return t.to(projected, source, "type_as")

@@ -7,11 +7,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from planner.memory import vision as vision_ops
+from planner.memory.loaded import Loaded
+from planner.memory.ops import Engine
+from planner.memory.step import Batch
+from planner.memory.storage import Recorder
+from planner.memory.tensor import Tensor
 from planner.models.decoder import DecoderGeometry
+from planner.models.decoder_step import Decoder, head_and_loss
 from planner.models.families import llava
-from planner.models.images import needed_size
+from planner.models.images import image_input, needed_size
 from planner.models.reading import Reader
 from planner.models.tree import Module
+from planner.models.vision_step import join
+from planner.spec import RunSpec
 
 MODEL_TYPES = ("llava_next",)
 AUTO_CLASS = "AutoModelForImageTextToText"
@@ -98,3 +107,44 @@ def _best_canvas(edge: int, canvases: tuple[tuple[int, int], ...]) -> tuple[int,
         return kept, -(canvas[0] * canvas[1] - kept)
 
     return max(canvases, key=fit)
+
+
+def pixels(recorder: Recorder, geometry: LlavaNextGeometry, spec: RunSpec) -> Tensor:
+    """pixel_values: (B · images, tiles, 3, H, W) fp32."""
+    tower = geometry.base.vision
+    count = spec.micro_batch_size * spec.images_per_sample
+    shape = (tower.num_channels, tower.image_size, tower.image_size)
+    return image_input(recorder, (count, tiles(geometry, spec.image_size), *shape))
+
+
+def forward(
+    t: Engine, loaded: Loaded, geometry: LlavaNextGeometry, batch: Batch
+) -> tuple[Any, ...]:
+    """`LlavaNextForConditionalGeneration.forward`: loss, logits, the cache, image_hidden_states."""
+    decoder = Decoder(t, loaded, geometry.text, "model.language_model.")
+    embeds = decoder.embed(batch.ids)
+    features = None
+    if batch.pixels is not None:
+        packed = _image_features(t, loaded, geometry, batch.pixels)
+        features = vision_ops.rows_apart(t, packed)
+        del packed
+        features = t.to(features, embeds.dtype)
+        embeds = join(t, embeds, batch.ids, features)
+    hidden = decoder.layers(embeds)
+    del embeds
+    loss, logits = head_and_loss(t, loaded, geometry.text, hidden, batch.labels)
+    return loss, logits, decoder.cache, features
+
+
+def _image_features(
+    t: Engine, loaded: Loaded, geometry: LlavaNextGeometry, images: Tensor
+) -> Tensor:
+    """get_image_features: the tower over all tiles at once, then pack_image_features for each
+    image, (N, features, D)."""
+    count, parts, *shape = images.shape
+    with t.recorder.scope("model"):
+        every = t.new((count * parts, *shape), images.dtype, "cat (tiles)")
+    projected = llava.image_features_of(t, loaded, geometry.base, every)
+    rows = image_features(geometry, loaded.spec.image_size)
+    with t.recorder.scope("model"):
+        return vision_ops.pack_tiles(t, projected, (count, rows, projected.shape[-1]), parts)

@@ -6,11 +6,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from planner.memory import layers as nn
+from planner.memory.loaded import Loaded
+from planner.memory.ops import Engine
+from planner.memory.step import Batch
+from planner.memory.storage import Recorder
+from planner.memory.tensor import Tensor
 from planner.models.decoder import DecoderGeometry, head_module, linear, stack_modules
+from planner.models.decoder_step import Decoder, head_and_loss
 from planner.models.families import gemma, gemma2
+from planner.models.images import image_input
 from planner.models.reading import Reader
 from planner.models.towers import TowerGeometry, read_tower, tower_modules
 from planner.models.tree import Module
+from planner.models.vision_step import Tower, join
+from planner.spec import RunSpec
 
 MODEL_TYPES = ("paligemma",)
 AUTO_CLASS = "AutoModelForImageTextToText"
@@ -74,3 +84,33 @@ def image_tokens(geometry: PaliGemmaGeometry, image_size: int | None) -> int:
 
 
 image_features = image_tokens
+
+
+def pixels(recorder: Recorder, geometry: PaliGemmaGeometry, spec: RunSpec) -> Tensor:
+    """pixel_values: (B · images, 3, H, W) fp32."""
+    tower = geometry.vision
+    count = spec.micro_batch_size * spec.images_per_sample
+    return image_input(recorder, (count, tower.num_channels, tower.image_size, tower.image_size))
+
+
+def forward(
+    t: Engine, loaded: Loaded, geometry: PaliGemmaGeometry, batch: Batch
+) -> tuple[Any, ...]:
+    """`PaliGemmaForConditionalGeneration.forward` without token_type_ids: loss, logits, the cache,
+    image_hidden_states."""
+    decoder = Decoder(t, loaded, geometry.text, "model.language_model.")
+    embeds = decoder.embed(batch.ids)
+    features = None
+    if batch.pixels is not None:
+        tower = Tower(t, loaded, geometry.vision, "model.vision_tower.")
+        last = tower.last_hidden_state(batch.pixels)
+        projector = loaded.linear("model.multi_modal_projector.linear")
+        features = nn.linear(t, projector, last)
+        del last
+        features = t.to(features, embeds.dtype)
+        embeds = join(t, embeds, batch.ids, features)
+    hidden = decoder.layers(embeds)
+    del embeds
+    loss, logits = head_and_loss(t, loaded, replace(geometry.text, final_logit_softcapping=None),
+                                 hidden, batch.labels)  # fmt: skip
+    return loss, logits, decoder.cache, features
