@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import VramwiseError
-from planner.estimate import Estimate, device_of, estimate, fit_on, requirement
-from planner.memory.program import run
-from planner.memory.workspace import cublas_workspace_bytes
+from planner.estimate import Estimate, check, device_of, fit_on, requirement
+from planner.memory.program import Program, run
+from planner.memory.workspace import HANDLES_TRAINING, cublas_workspace_bytes
 from planner.models.registry import load_model
+from planner.non_torch import non_torch
 from planner.spec import RunSpec
+from planner.throughput.model import step_time
 from planner.verdict import Verdict
 
 SAME, ROUNDS, DIFFERENT, PROVISIONAL = (
     "", "other rounding", "changes what is learned", "provisional figures",
 )  # fmt: skip
+_RANK = {"fits": 0, "tight": 1, "does_not_fit": 2}
+_SPARE = 2  # weighed beyond those shown: the allocator may turn an order
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,50 +78,77 @@ def changes(spec: RunSpec) -> Iterator[Change]:
 
 def levers(answer: Estimate) -> list[Lever]:
     """Every lever's answer, in the order of `changes`; what cannot be is left out."""
-    found = []
-    for change in changes(answer.spec):
-        try:
-            found.append(_answer(answer, change))
-        except VramwiseError:  # not possible for this model or stack: no lever
-            continue
-    return found
+    return [_weigh(answer, outline) for outline in _outlines(answer)]
 
 
 def cheapest(answer: Estimate, most: int = 6) -> list[Lever]:
     """What to change: towards fitting, or where it fits, towards more speed or room.
 
     Ordered: those that make it fit before those that do not; among these what does not touch the
-    training first; then by time lost, then by bytes saved.
+    training first; then by time lost, then by bytes saved. The live bytes, known without replaying
+    the allocator, choose which are weighed in full.
     """
-    useful = [lever for lever in levers(answer) if _is_useful(answer, lever)]
-    rank = {"fits": 0, "tight": 1, "does_not_fit": 2}
-    order: Callable[[Lever], tuple[Any, ...]]
-    if answer.verdict == "fits":
-
-        def order(lever: Lever) -> tuple[Any, ...]:
-            return (lever.effect != SAME, lever.slower > 0, round(lever.slower, 2),
-                    -lever.saved_bytes)  # fmt: skip
-    else:
-
-        def order(lever: Lever) -> tuple[Any, ...]:
-            fitting = rank[lever.verdict]
-            if fitting == 2:
-                return (fitting, False, -lever.saved_bytes, lever.slower)
-            return (fitting, lever.effect != SAME, round(lever.slower, 2), -lever.saved_bytes)
-
-    return sorted(useful, key=order)[:most]
+    outlines = sorted(_outlines(answer), key=lambda o: _order(answer, o.verdict, o))
+    chosen = [o for o in outlines if _is_useful(answer, o, o.verdict) or not o.saved_bytes]
+    weighed = [_weigh(answer, outline) for outline in chosen[: most + _SPARE]]
+    useful = [lever for lever in weighed if _is_useful(answer, lever, lever.verdict)]
+    return sorted(useful, key=lambda lever: _order(answer, lever.verdict, lever))[:most]
 
 
-def answer_change(answer: Estimate, spec: RunSpec, flags: str, effect: str = SAME) -> Lever:
-    """`spec` against `answer`'s: bytes saved, time lost."""
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """A change whose step was run: its live bytes and time, and the best verdict it can have."""
+
+    change: Change
+    spec: RunSpec
+    program: Program
+    saved_bytes: int
+    slower: float
+    verdict: Verdict
+
+    @property
+    def effect(self) -> str:
+        return self.change.effect
+
+
+def _outlines(answer: Estimate) -> list[_Outline]:
+    found = []
+    for change in changes(answer.spec):
+        try:
+            found.append(_outline(answer, change))
+        except VramwiseError:  # not possible for this model or stack: no lever
+            continue
+    return found
+
+
+def _outline(answer: Estimate, change: Change) -> _Outline:
+    spec = apply(answer.spec, change.fields)
     model, device = load_model(spec.model), device_of(spec)
+    check(spec, model)
     program = run(spec, model)
+    workspace = HANDLES_TRAINING * cublas_workspace_bytes(device.compute_capability)
+    live = int(program.static_bytes + program.peak.peak_bytes + workspace)
+    outside = non_torch(device, spec, program.states.paged_bytes)
+    seconds = step_time(spec, device, program.work).step_s
+    tokens = spec.micro_batch_size * spec.sequence_length * spec.gradient_accumulation_steps
+    best: Verdict = (
+        "fits" if live + outside.high_bytes <= answer.device_total_bytes else "does_not_fit"
+    )
+    saved = answer.peak_allocated_bytes + answer.paged_bytes - live - program.states.paged_bytes
+    slower = answer.tokens_per_second * seconds / tokens - 1
+    return _Outline(change, spec, program, saved, slower, best)
+
+
+def _weigh(answer: Estimate, outline: _Outline) -> Lever:
+    """The outline's whole answer: the allocator replayed, the card compared."""
+    spec, program = outline.spec, outline.program
+    model, device = load_model(spec.model), device_of(spec)
     needed = requirement(spec, model, program, cublas_workspace_bytes(device.compute_capability))
     fit = fit_on(spec, device, program, needed)
     required = needed.required_bytes + fit.outside.bytes
     return Lever(
-        flags=flags,
-        effect=effect,
+        flags=outline.change.flags,
+        effect=outline.change.effect,
         spec=spec,
         device_required_bytes=required,
         saved_bytes=answer.device_required_bytes - required,
@@ -127,16 +158,22 @@ def answer_change(answer: Estimate, spec: RunSpec, flags: str, effect: str = SAM
     )
 
 
-def _answer(answer: Estimate, change: Change) -> Lever:
-    return answer_change(answer, apply(answer.spec, change.fields), change.flags, change.effect)
+def _order(answer: Estimate, verdict: Verdict, lever: Lever | _Outline) -> tuple[Any, ...]:
+    slower, saved = round(lever.slower, 2), -lever.saved_bytes
+    if answer.verdict == "fits":
+        return (lever.effect != SAME, slower > 0, slower, saved)
+    rank = _RANK[verdict]
+    if rank == _RANK["does_not_fit"]:
+        return (rank, False, saved, slower)
+    return (rank, lever.effect != SAME, slower, saved)
 
 
-def _is_useful(answer: Estimate, lever: Lever) -> bool:
+def _is_useful(answer: Estimate, lever: Lever | _Outline, verdict: Verdict) -> bool:
     """Saves a hundredth of the requirement; or, where there is room, time."""
     saves = lever.saved_bytes > answer.device_required_bytes // 100
     if answer.verdict != "fits":
         return saves
-    return lever.verdict == "fits" and (saves or lever.slower < -0.03)
+    return verdict == "fits" and (saves or lever.slower < -0.03)
 
 
 def _allocator(spec: RunSpec) -> Iterator[Change]:
@@ -222,8 +259,3 @@ def _typed(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
-__all__ = [
-    "Change", "Lever", "answer_change", "apply", "changes", "cheapest", "estimate", "levers",
-]  # fmt: skip

@@ -88,7 +88,7 @@ def lever_lines(answer: Estimate, levers: Sequence[Lever]) -> list[Line]:
         pace = f"{lever.slower:+.0%}" if abs(lever.slower) >= 0.005 else "same"
         flag = f"  ({lever.effect})" if lever.effect else ""
         lines.append(
-            Line(f"  {lever.flags:<46} {saved:>11}  time {pace:>6}  "
+            Line(f"  {lever.flags:<54} {saved:>10}  time {pace:>6}  "
                  f"{WORD[lever.verdict]}{flag}")
         )  # fmt: skip
     return lines

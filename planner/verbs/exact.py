@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from planner.errors import MissingExtraError
-from planner.estimate import Estimate, estimate
+from planner.estimate import Estimate, device_of, estimate
 from planner.interval import requirement_interval
 from planner.memory.terms import Term
 from planner.models.registry import load_model
@@ -51,14 +51,19 @@ def exact_estimate(spec: RunSpec) -> Estimate:
 
 
 def _trace(spec: RunSpec) -> dict[str, Any]:
+    """Traced for the spec's own card, whose kernels and workspaces differ from another's."""
     try:
-        from probes.dry.exact import exact
+        from probes.dry.exact import answer
+        from probes.dry.target import Target
+        from probes.dry.trace import trace
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("planner", "probes", "recipes"):
             raise
         raise MissingExtraError("fit --exact", "train", missing) from None
-    return exact(spec)
+    device = device_of(spec)
+    card = Target(*device.compute_capability, device.sm_count)
+    return answer(trace(spec, target=card))
 
 
 def _terms(traced: dict[str, Any], peak_bytes: int) -> tuple[Term, ...]:
