@@ -1,11 +1,13 @@
-/* The large pool of torch's caching allocator: planner/memory/large_pool.py, in C, for speed.
+/* torch's caching allocator: planner/memory/pools.py, in C, for speed.
  *
- * replay(parts, cap) -> (ok, allocated, peak_allocated, reserved, peak_reserved)
+ * replay(parts, cap) -> (ok, allocated, peak_allocated, reserved, peak_reserved, small, small_peak)
  *
- * parts: a sequence of (events, levels, flags). events: int64 pairs (storage, bytes), bytes 0 to
- * release; levels: int64, what the small pool holds from each event to the next, or None;
- * flags: RELEASE, give cached segments back after the part; RESET, reset the peaks before it;
- * CAPPED, the cap holds in it. Optional: the Python module does the same (a test compares them).
+ * parts: a sequence of (events, sizes, base, flags). events: int64, i to allocate sizes[i], ~i to
+ * release it; sizes: int64 bytes; base: added to i, so that parts may share or keep apart their
+ * storages; flags: RELEASE, give cached segments back after the part; RESET, reset the peaks before
+ * it; CAPPED, the cap on the large pool holds in it. allocated and its peak count both pools;
+ * reserved is the large pool's; small is the small pool's tensors. Optional: the Python module does
+ * the same (a test compares them).
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -14,7 +16,7 @@
 #include <string.h>
 
 enum { RELEASE = 1, RESET = 2, CAPPED = 4 };
-static const int64_t MIN_REMAINDER = 1 << 20, LARGE_BUFFER = 20 << 20, MIN_LARGE = 10 << 20,
+static const int64_t SMALL = 1 << 20, MIN_REMAINDER = 1 << 20, LARGE_BUFFER = 20 << 20, MIN_LARGE = 10 << 20,
                      ROUND_LARGE = 2 << 20;
 
 typedef struct { int64_t size, address; int32_t prev, next; char free; } Block;
@@ -24,7 +26,7 @@ typedef struct {
     Block *blocks; int32_t count, room;
     Free *frees; int32_t free_count, free_room;
     int32_t *held; int64_t held_room;
-    int64_t next_address, allocated, peak_allocated, reserved, peak_reserved;
+    int64_t next_address, allocated, peak_allocated, reserved, peak_reserved, small, small_peak;
 } Pool;
 
 static int find(const Pool *p, int64_t size, int64_t address) {
@@ -140,25 +142,32 @@ static int take(Pool *p, int64_t key, int64_t size, int64_t cap) {
     return 1;
 }
 
-static int run(Pool *p, const int64_t *events, Py_ssize_t count, const int64_t *levels,
-               int64_t cap) {
+static int run(Pool *p, const int64_t *events, Py_ssize_t count, const int64_t *sizes,
+               Py_ssize_t blocks, int64_t base, int64_t cap) {
+    if (base + blocks > p->held_room) {
+        int64_t room = 2 * (base + blocks);
+        int32_t *grown = realloc(p->held, room * sizeof(int32_t));
+        if (!grown) return -1;
+        p->held = grown; p->held_room = room;
+    }
     for (Py_ssize_t i = 0; i < count; i++) {
-        int64_t key = events[2 * i], size = events[2 * i + 1];
-        if (key < 0) return -2;
-        if (key >= p->held_room) {
-            int64_t room = 2 * key + 1024;
-            int32_t *grown = realloc(p->held, room * sizeof(int32_t));
-            if (!grown) return -1;
-            p->held = grown; p->held_room = room;
-        }
-        if (!size) {
-            if (!give(p, key)) return -1;
+        int64_t index = events[i] >= 0 ? events[i] : ~events[i];
+        if (index >= blocks) return -2;
+        int64_t size = sizes[index];
+        if (events[i] < 0) {
+            if (size <= SMALL) p->small -= size;
+            else if (!give(p, base + index)) return -1;
             continue;
         }
-        int taken = take(p, key, size, cap);
-        if (taken != 1) return taken;
-        int64_t live = p->allocated + (levels ? levels[i] : 0);
-        if (live > p->peak_allocated) p->peak_allocated = live;
+        if (size <= SMALL) {
+            p->small += size;
+            if (p->small > p->small_peak) p->small_peak = p->small;
+        } else {
+            int taken = take(p, base + index, size, cap);
+            if (taken != 1) return taken;
+        }
+        if (p->allocated + p->small > p->peak_allocated)
+            p->peak_allocated = p->allocated + p->small;
     }
     return 1;
 }
@@ -172,28 +181,23 @@ static PyObject *replay(PyObject *self, PyObject *args) {
     Pool pool = {0};
     int state = 1;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items) && state == 1; i++) {
-        Py_buffer events, levels = {0};
-        PyObject *with;
+        Py_buffer events, sizes;
+        long long base;
         int flags;
-        if (!PyArg_ParseTuple(PySequence_Fast_GET_ITEM(items, i), "y*Oi", &events, &with, &flags)) {
-            state = -3;
-            break;
-        }
-        if (with != Py_None && PyObject_GetBuffer(with, &levels, PyBUF_SIMPLE) < 0) {
-            PyBuffer_Release(&events);
+        if (!PyArg_ParseTuple(PySequence_Fast_GET_ITEM(items, i), "y*y*Li", &events, &sizes, &base,
+                              &flags)) {
             state = -3;
             break;
         }
         if (flags & RESET) {
-            pool.peak_allocated = pool.allocated;
+            pool.peak_allocated = pool.allocated + pool.small;
             pool.peak_reserved = pool.reserved;
         }
-        Py_ssize_t count = events.len / 16;
-        if (levels.buf && levels.len / 8 < count) state = -2;
-        else state = run(&pool, events.buf, count, levels.buf, flags & CAPPED ? cap : -1);
+        state = base < 0 ? -2 : run(&pool, events.buf, events.len / 8, sizes.buf, sizes.len / 8,
+                                    base, flags & CAPPED ? cap : -1);
         if (flags & RELEASE) release_cached(&pool);
         PyBuffer_Release(&events);
-        if (levels.buf) PyBuffer_Release(&levels);
+        PyBuffer_Release(&sizes);
     }
     free(pool.blocks);
     free(pool.frees);
@@ -202,9 +206,10 @@ static PyObject *replay(PyObject *self, PyObject *args) {
     if (state == -1) return PyErr_NoMemory();
     if (state == -2) PyErr_SetString(PyExc_ValueError, "malformed events");
     if (state < 0) return NULL;
-    return Py_BuildValue("(OLLLL)", state ? Py_True : Py_False, (long long)pool.allocated,
-                         (long long)pool.peak_allocated, (long long)pool.reserved,
-                         (long long)pool.peak_reserved);
+    return Py_BuildValue(
+        "(OLLLLLL)", state ? Py_True : Py_False, (long long)(pool.allocated + pool.small),
+        (long long)pool.peak_allocated, (long long)pool.reserved, (long long)pool.peak_reserved,
+        (long long)pool.small, (long long)pool.small_peak);
 }
 
 static PyMethodDef methods[] = {

@@ -3,14 +3,13 @@ parameters want a gradient. Decided by walking the module tree as transformers a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from planner.dtypes import DType
 from planner.memory.layers import Adapter, Linear
-from planner.models.tree import Module, ModelTree
+from planner.models.tree import ModelTree, Module
 from planner.spec import RunSpec
 
 F32 = DType.FLOAT32

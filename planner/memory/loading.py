@@ -10,6 +10,7 @@ tuners_utils.py (adapters in the base's dtype, then fp32).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,6 @@ from math import prod
 
 from planner.dtypes import DType
 from planner.memory.loaded import Loaded
-from planner.memory.replay import EMPTY_CACHE
 from planner.memory.storage import BLOCK_BYTES
 from planner.models.tree import ModelTree, Module
 
@@ -25,7 +25,6 @@ F32, UINT8, INT8 = DType.FLOAT32, DType.UINT8, DType.INT8
 BLOCK_WEIGHTS = 64
 NESTED_BLOCK = 256
 NESTED_CODE_BYTES = 1024  # 256 fp32 values of the dynamic map
-Events = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +43,34 @@ def rounded(nbytes: int) -> int:
 
 
 class Loading:
-    """The allocator's events of loading, k-bit preparation and adapter set-up."""
+    """The allocator's events of loading, k-bit preparation and adapter set-up.
+
+    sizes: bytes of each allocation; parts: i for the allocation of sizes[i], ~i for its release,
+    the cache emptied between one part and the next.
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
         self.spec = loaded.spec
-        self.events: Events = []
+        self.sizes = array("q")
+        self.parts: list[array[int]] = [array("q")]
         self.resident: dict[int, Resident] = {}
-        self._count = 0
         self._warm_up()
         plain = [self._arrive(module, name, shape) for module, name, shape in arrivals(loaded.tree)]
         if loaded.casts_to_fp32:
             self._cast_to_fp32([tensor for tensor in plain if tensor is not None])
         if loaded.quantized and loaded.spec.stack == "stock":
-            self.events.append(EMPTY_CACHE)
+            self.parts.append(array("q"))
         self._adapters()
 
     def _take(self, nbytes: int) -> int:
-        key, self._count = self._count, self._count + 1
-        self.events.append((key, rounded(nbytes)))
+        key = len(self.sizes)
+        self.sizes.append(rounded(nbytes))
+        self.parts[-1].append(key)
         return key
 
     def _give(self, key: int) -> None:
-        self.events.append((key, 0))
+        self.parts[-1].append(~key)
 
     def _keep(self, nbytes: int, component: str, what: str, key: int | None = None) -> int:
         key = self._take(nbytes) if key is None else key

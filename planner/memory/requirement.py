@@ -3,19 +3,15 @@
 The stream is loading, then optimizer steps in a row: from the second on there are optimizer states,
 and each step meets the layout that the one before it left. Blocks hold what the allocator does not
 split off, so what torch reports as allocated comes from here too.
-
-The small pool (requests up to 1 MiB) splits to the last 512 bytes, so its blocks are its tensors
-and its segments their sum in steps of 2 MiB, nearly: it is summed, and only the large pool is
-replayed block by block.
 """
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
-from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BUFFER_BYTES, SMALL_BYTES
-from planner.memory.large_pool import CAPPED, RELEASE, RESET, Part, replay_parts
-from planner.memory.loading import Events
+from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BUFFER_BYTES
+from planner.memory.pools import CAPPED, RELEASE, RESET, Part, replay_parts
 from planner.memory.program import Program
 from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, replay, smallest_cap
 from planner.memory.storage import BLOCK_BYTES
@@ -41,33 +37,29 @@ class Reserve:
 
 def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -> Reserve:
     """Replay the run without a cap, then find the smallest cap."""
+    load = loading_parts(program)
+    first, later = step_parts(program, workspace_bytes)
     if expandable_segments:
-        return _expandable(program, workspace_bytes)
-    loading = _split(program.loading.events)
-    small = loading[-1].small_bytes
-    first = _split(first_step(program, workspace_bytes), small)[0]
-    later = _split(later_step(program), first.small_bytes)[0]
-    load = [(part, RELEASE) for part in loading]
-    loaded = replay_parts(load, None)
-    free = replay_parts([*load, (first, RESET), (later, 0)], None)
-    small_peak = max(*first.levels, *later.levels, small)
-    small_reserved = -(-small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
-    low = max(free.peak_allocated - small_reserved, loaded.reserved)
+        return _expandable([*load, *first, later])
+    loaded = replay_parts(load)
+    first[0] = first[0]._replace(flags=RESET)
+    free = replay_parts([*load, *first, later])
+    small = -(-free.small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
+    low = max(free.peak_allocated - small, loaded.reserved)
     cap = _smallest_cap(load, first, later, low, free.peak_reserved)
     return Reserve(
-        loaded.allocated + small, loaded.peak_allocated, free.peak_allocated,
-        free.peak_reserved + small_reserved, cap + small_reserved,
+        loaded.allocated, loaded.peak_allocated, free.peak_allocated, free.peak_reserved + small,
+        cap + small,
     )  # fmt: skip
 
 
-def _smallest_cap(
-    load: list[tuple[Part, int]], first: Part, later: Part, low: int, high: int
-) -> int:
+def _smallest_cap(load: list[Part], first: list[Part], later: Part, low: int, high: int) -> int:
     """Bisected over two steps; then as much more as a third step wants."""
+    first = [part._replace(flags=CAPPED) for part in first]
+    later = later._replace(flags=CAPPED)
 
     def completes(cap: int, steps: int) -> bool:
-        parts = [*load, (first, CAPPED), *[(later, CAPPED)] * (steps - 1)]
-        return replay_parts(parts, cap).ok
+        return replay_parts([*load, *first, *[later] * (steps - 1)], cap).ok
 
     low, high = low - 1, max(high, low)
     while high - low > max(ROUND_LARGE_BYTES, high // RESOLUTION):
@@ -81,64 +73,40 @@ def _smallest_cap(
     return high
 
 
-def _split(events: Events, small: int = 0) -> list[Part]:
-    """The parts between emptied caches. `small`: what the small pool holds at the start."""
-    parts: list[Part] = []
-    large: Events = []
-    levels: list[int] = []
-    sizes: dict[int, int] = {}
-    for key, size in events:
-        if size > SMALL_BYTES:
-            large.append((key, size))
-            levels.append(small)
-        elif size:
-            sizes[key] = size
-            small += size
-            if levels and small > levels[-1]:
-                levels[-1] = small
-        elif key in sizes:
-            small -= sizes.pop(key)
-        elif (key, size) == EMPTY_CACHE:
-            parts.append(Part(large, levels, small))
-            large, levels = [], []
-        else:
-            large.append((key, 0))
-            levels.append(small)
-    parts.append(Part(large, levels, small))
-    return parts
+def loading_parts(program: Program) -> list[Part]:
+    """Loading, k-bit preparation and adapters."""
+    loading = program.loading
+    return [Part(events, loading.sizes, 0, RELEASE) for events in loading.parts]
 
 
-def _expandable(program: Program, workspace_bytes: int) -> Reserve:
-    load = program.loading.events
-    loaded = replay(load, expandable_segments=True)
-    stream = [*load, RESET_PEAKS, *first_step(program, workspace_bytes), *later_step(program)]
-    free = replay(stream, expandable_segments=True)
-    required = smallest_cap(
-        stream, expandable_segments=True, resolution_bytes=free.peak_reserved_bytes // RESOLUTION
-    )
-    return Reserve(
-        loaded.allocated_bytes, loaded.peak_allocated_bytes, free.peak_allocated_bytes,
-        free.peak_reserved_bytes, required,
-    )  # fmt: skip
+def step_parts(program: Program, workspace_bytes: int) -> tuple[list[Part], Part]:
+    """The first optimizer step in parts, and any later one.
 
-
-def first_step(program: Program, workspace_bytes: int) -> Events:
-    """The first optimizer step. A workspace comes with the first product of each thread, after its
-    output: the forward's, and autograd's; optimizer states with the optimizer's, gradients still
-    there."""
+    A workspace comes with the first product of each thread, after its output: the forward's, and
+    autograd's; optimizer states with the optimizer's first step, gradients still there. Nothing
+    else of a step outlives it, so the storages of later steps take the same places.
+    """
     recorder = program.recorder
+    events = array("q", recorder.events)
+    sizes = array("q", [block.nbytes or BLOCK_BYTES for block in recorder.blocks])
     starts = {instant.name: instant.start for instant in reversed(recorder.instants)}
-    optimizer = starts["optimizer step"]
+    base = len(program.loading.sizes)
+    stays = base + len(sizes)
+    states = array("q", program.states.tensors)
+    workspace = array("q", [workspace_bytes])
     forward = _first_product(program, starts["forward"])
     backward = _first_product(program, starts["backward"])
-    base = len(program.loading.events)  # ids of loading are below
-    events = _events(program, base)
-    stays = base + len(recorder.blocks)
-    states = [(stays + 2 + index, size) for index, size in enumerate(program.states.tensors)]
-    return [
-        *events[:forward], (stays, workspace_bytes), *events[forward:backward],
-        (stays + 1, workspace_bytes), *events[backward:optimizer], *states, *events[optimizer:],
-    ]  # fmt: skip
+    optimizer = starts["optimizer step"]
+    first = [
+        Part(events[:forward], sizes, base),
+        Part(array("q", [0]), workspace, stays),
+        Part(events[forward:backward], sizes, base),
+        Part(array("q", [0]), workspace, stays + 1),
+        Part(events[backward:optimizer], sizes, base),
+        Part(array("q", range(len(states))), states, stays + 2),
+        Part(events[optimizer:], sizes, base),
+    ]
+    return first, Part(events, sizes, base)
 
 
 def _first_product(program: Program, start: int) -> int:
@@ -151,11 +119,27 @@ def _first_product(program: Program, start: int) -> int:
     return start
 
 
-def later_step(program: Program) -> Events:
-    """Every further step: the recorded events. Nothing of a step outlives it, so ids come again."""
-    return _events(program, len(program.loading.events))
+def _expandable(parts: list[Part]) -> Reserve:
+    """With expandable segments, by the general model."""
+    load = _stream([part for part in parts if part.flags & RELEASE])
+    steps = _stream([part for part in parts if not part.flags & RELEASE])
+    loaded = replay(load, expandable_segments=True)
+    stream = [*load, RESET_PEAKS, *steps]
+    free = replay(stream, expandable_segments=True)
+    required = smallest_cap(
+        stream, expandable_segments=True, resolution_bytes=free.peak_reserved_bytes // RESOLUTION
+    )
+    return Reserve(
+        loaded.allocated_bytes, loaded.peak_allocated_bytes, free.peak_allocated_bytes,
+        free.peak_reserved_bytes, required,
+    )  # fmt: skip
 
 
-def _events(program: Program, base: int) -> Events:
-    sizes = [block.nbytes or BLOCK_BYTES for block in program.recorder.blocks]
-    return [(base + i, sizes[i]) if i >= 0 else (base + ~i, 0) for i in program.recorder.events]
+def _stream(parts: list[Part]) -> list[tuple[int, int]]:
+    events: list[tuple[int, int]] = []
+    for part in parts:
+        sizes, base = part.sizes, part.base
+        events += [(base + i, sizes[i]) if i >= 0 else (base + ~i, 0) for i in part.events]
+        if part.flags & RELEASE:
+            events.append(EMPTY_CACHE)
+    return events

@@ -1,9 +1,13 @@
-"""The large pool of the caching allocator, made for speed: many replays of one stream.
+"""The caching allocator, made for speed: many replays of one stream.
 
 The same rules as planner.memory.allocator (a test holds the two against each other on random
-streams), for requests above 1 MiB without expandable segments. `_replay.c` does the same thirty
-times as fast; where it could not be compiled, the class here answers. Free blocks lie in bins by
-exact size, because nearly every request of a training step meets a free block of just its size.
+streams), without expandable segments. `_replay.c` does the same thirty times as fast; where it
+could not be compiled, `Pools` answers.
+
+The small pool (requests up to 1 MiB) splits to the last 512 bytes, so its blocks are its tensors
+and its segments their sum in steps of 2 MiB, nearly: it is summed, and only the large pool is
+replayed block by block. Its free blocks lie in bins by exact size, because nearly every request of
+a training step meets a free block of just its size.
 """
 
 from __future__ import annotations
@@ -11,79 +15,85 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
-from planner.memory.allocator import LARGE_BUFFER_BYTES, MIN_LARGE_BYTES, ROUND_LARGE_BYTES
+from planner.memory.allocator import (
+    LARGE_BUFFER_BYTES,
+    MIN_LARGE_BYTES,
+    ROUND_LARGE_BYTES,
+    SMALL_BYTES,
+)
 
 try:
     from planner.memory import _replay  # type: ignore[attr-defined]
 except ImportError:  # no compiler at installation
     _replay = None
 
-Events = list[tuple[int, int]]
 RELEASE, RESET, CAPPED = 1, 2, 4
 _MIN_REMAINDER = 1 << 20  # a remainder up to kSmallSize is not split off
 _NONE = -1
 
 
-@dataclass(frozen=True)
-class Part:
-    """Events of the large pool, the most the small pool holds from each to the next, and what the
-    small pool holds at the end."""
+class Part(NamedTuple):
+    """A stretch of events: i allocates sizes[i] bytes, ~i releases them (int64 arrays).
 
-    large: Events
-    levels: list[int]
-    small_bytes: int
+    base: added to i, so that parts share storages or keep them apart. flags: RELEASE cached
+    segments after it, RESET the peaks before it, hold the large pool to the cap (CAPPED).
+    """
 
-    @cached_property
-    def packed(self) -> tuple[array[int], array[int]]:
-        """Both as int64, for `_replay`."""
-        flat = [value for event in self.large for value in event]
-        return array("q", flat), array("q", self.levels)
+    events: array[int]
+    sizes: array[int]
+    base: int = 0
+    flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Counters:
-    """What the pool says after a replay; `ok` is False where the cap was too small."""
+class Counters(NamedTuple):
+    """What the allocator says after a replay; `ok` is False where the cap was too small.
+
+    allocated counts both pools, reserved the large one, small the small pool's tensors.
+    """
 
     ok: bool
     allocated: int
     peak_allocated: int
     reserved: int
     peak_reserved: int
+    small: int
+    small_peak: int
 
 
-def replay_parts(parts: Sequence[tuple[Part, int]], cap_bytes: int | None) -> Counters:
-    """Replay parts in a row, each with flags: RELEASE cached segments after it, RESET the peaks
-    before it, hold it to the cap (CAPPED)."""
+def replay_parts(parts: Sequence[Part], cap_bytes: int = -1) -> Counters:
+    """Replay parts in a row; cap_bytes holds for the large pool in CAPPED parts (-1: no cap)."""
     if _replay is None:
         return replay_in_python(parts, cap_bytes)
-    packed = [(*part.packed, flags) for part, flags in parts]
-    return Counters(*_replay.replay(packed, -1 if cap_bytes is None else cap_bytes))
+    return Counters(*_replay.replay(parts, cap_bytes))
 
 
-def replay_in_python(parts: Sequence[tuple[Part, int]], cap_bytes: int | None) -> Counters:
+def replay_in_python(parts: Sequence[Part], cap_bytes: int = -1) -> Counters:
     """`replay_parts` without the compiled module."""
-    pool = LargePool()
+    pools = Pools()
     ok = True
-    for part, flags in parts:
-        if flags & RESET:
-            pool.reset_peaks()
-        ok = pool.run(part.large, part.levels, cap_bytes if flags & CAPPED else None)
+    for part in parts:
+        if part.flags & RESET:
+            pools.reset_peaks()
+        ok = pools.run(part, cap_bytes if part.flags & CAPPED and cap_bytes >= 0 else None)
         if not ok:
             break
-        if flags & RELEASE:
-            pool.release_cached()
-    return Counters(ok, pool.allocated, pool.peak_allocated, pool.reserved, pool.peak_reserved)
+        if part.flags & RELEASE:
+            pools.release_cached()
+    return Counters(
+        ok, pools.allocated + pools.small, pools.peak_allocated, pools.reserved,
+        pools.peak_reserved, pools.small, pools.small_peak,
+    )  # fmt: skip
 
 
-class LargePool:
+class Pools:
     """Blocks as parallel lists: block i has size, address, neighbours, and whether it is free."""
 
     __slots__ = (
         "addresses", "allocated", "at", "bins", "frees", "held", "next_address", "nexts",
-        "peak_allocated", "peak_reserved", "prevs", "reserved", "size_of", "sizes",
+        "peak_allocated", "peak_reserved", "prevs", "reserved", "size_of", "sizes", "small",
+        "small_peak",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -97,20 +107,11 @@ class LargePool:
         self.sizes: list[int] = []  # keys of `bins`, ascending; a bin may be empty
         self.held: dict[int, int] = {}  # storage -> block
         self.allocated = self.reserved = self.next_address = 0
-        self.peak_allocated = self.peak_reserved = 0
-
-    def copy(self) -> LargePool:
-        """An independent pool in the same state."""
-        other = LargePool()
-        for name in self.__slots__:
-            value = getattr(self, name)
-            setattr(other, name, value if isinstance(value, int) else value.copy())
-        other.bins = {size: addresses.copy() for size, addresses in self.bins.items()}
-        return other
+        self.peak_allocated = self.peak_reserved = self.small = self.small_peak = 0
 
     def reset_peaks(self) -> None:
         """`torch.cuda.reset_peak_memory_stats`."""
-        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+        self.peak_allocated, self.peak_reserved = self.allocated + self.small, self.reserved
 
     def release_cached(self) -> None:
         """Segments that are free in whole go back to the driver."""
@@ -128,16 +129,24 @@ class LargePool:
         self.sizes = [size for size in self.sizes if self.bins[size]]
         self.bins = {size: self.bins[size] for size in self.sizes}
 
-    def run(self, events: Events, small: list[int] | None, cap_bytes: int | None = None) -> bool:
-        """Feed (storage, bytes) allocations and (storage, 0) releases; False where the cap is too
-        small. `small`: bytes of the small pool at each event, counted into the allocated peak.
-        """
+    def run(self, part: Part, cap_bytes: int | None = None) -> bool:
+        """Feed a part's allocations and releases; False where the cap is too small."""
         size_of, addresses_of, prevs, nexts = self.size_of, self.addresses, self.prevs, self.nexts
         frees, at, bins, held = self.frees, self.at, self.bins, self.held
         sizes = self.sizes
         allocated, peak = self.allocated, self.peak_allocated
-        for position, (key, size) in enumerate(events):
-            if not size:
+        small, base, bytes_of = self.small, part.base, part.sizes
+        for index in part.events:
+            key = base + (index if index >= 0 else ~index)
+            size = bytes_of[index if index >= 0 else ~index]
+            if size <= SMALL_BYTES:
+                small += size if index >= 0 else -size
+                if small > self.small_peak:
+                    self.small_peak = small
+                if allocated + small > peak:
+                    peak = allocated + small
+                continue
+            if index < 0:
                 block = held.pop(key)
                 size = size_of[block]
                 allocated -= size
@@ -233,8 +242,7 @@ class LargePool:
                         insort(bin_, address)
             held[key] = block
             allocated += taken
-            live = allocated + small[position] if small is not None else allocated
-            if live > peak:
-                peak = live
-        self.allocated, self.peak_allocated = allocated, peak
+            if allocated + small > peak:
+                peak = allocated + small
+        self.allocated, self.peak_allocated, self.small = allocated, peak, small
         return True
