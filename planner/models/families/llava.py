@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ def forward(t: Engine, loaded: Loaded, geometry: LlavaGeometry, batch: Batch) ->
     embeds = decoder.embed(batch.ids)
     features = None
     if batch.pixels is not None:
-        projected = image_features_of(t, loaded, geometry, batch.pixels)
+        projected = image_features_of(t, loaded, geometry, batch.pixels, lambda x: x)
         features = vision.rows_apart(t, projected)
         del projected
         features = t.to(features, embeds.dtype)
@@ -131,8 +131,12 @@ def forward(t: Engine, loaded: Loaded, geometry: LlavaGeometry, batch: Batch) ->
     return loss, logits, decoder.cache, features
 
 
-def image_features_of(t: Engine, loaded: Loaded, geometry: LlavaGeometry, images: Tensor) -> Tensor:
-    """get_image_features: every hidden state of the tower is held until it returns."""
+def image_features_of(
+    t: Engine, loaded: Loaded, geometry: LlavaGeometry, images: Tensor,
+    pack: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """get_image_features: every hidden state of the tower is held until it returns. `pack` is what
+    it does with the projected features, (N, P, D)."""
     tower = Tower(t, loaded, geometry.vision, "model.vision_tower.")
     states = tower.hidden_states(images)
     _last, _pooled = tower.pooled(states[-1])
@@ -143,7 +147,7 @@ def image_features_of(t: Engine, loaded: Loaded, geometry: LlavaGeometry, images
     if len(chosen) > 1:
         joined = (*chosen[0].shape[:-1], chosen[0].shape[-1] * len(chosen))
         chosen = [t.cat(chosen, joined)]
-    return project(t, loaded, chosen[0], geometry.projector_hidden_act)
+    return pack(project(t, loaded, chosen[0], geometry.projector_hidden_act))
 
 
 def project(t: Engine, loaded: Loaded, x: Tensor, activation: str) -> Tensor:

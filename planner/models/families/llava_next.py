@@ -122,6 +122,7 @@ def forward(
 ) -> tuple[Any, ...]:
     """`LlavaNextForConditionalGeneration.forward`: loss, logits, the cache, image_hidden_states."""
     decoder = Decoder(t, loaded, geometry.text, "model.language_model.")
+    decoder.caches = False  # this class hands its own use_cache down
     embeds = decoder.embed(batch.ids)
     features = None
     if batch.pixels is not None:
@@ -144,7 +145,10 @@ def _image_features(
     count, parts, *shape = images.shape
     with t.recorder.scope("model"):
         every = t.new((count * parts, *shape), images.dtype, "cat (tiles)")
-    projected = llava.image_features_of(t, loaded, geometry.base, every)
-    rows = image_features(geometry, loaded.spec.image_size)
-    with t.recorder.scope("model"):
-        return vision_ops.pack_tiles(t, projected, (count, rows, projected.shape[-1]), parts)
+    shape = (count, image_features(geometry, loaded.spec.image_size), geometry.text.hidden_size)
+
+    def pack(projected: Tensor) -> Tensor:
+        with t.recorder.scope("model"):
+            return vision_ops.pack_tiles(t, projected, shape, parts)
+
+    return llava.image_features_of(t, loaded, geometry.base, every, pack)
