@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,6 +70,7 @@ class Trace:
     total_parameters: int = 0
     trainable_parameters: int = 0
     expandable: bool = False
+    base_events: int = 0  # of `load`: from_pretrained's; preparation and adapters come after
 
     @property
     def resident_bytes(self) -> int:
@@ -98,6 +100,35 @@ class Trace:
     def stream(self) -> list[tuple[int, int]]:
         """Loading and steps as the allocator's input."""
         return [*stream(self.load), RESET_PEAKS, *stream(self.events)]
+
+    @property
+    def base_load_peak_bytes(self) -> int:
+        """Peak allocated inside `from_pretrained`."""
+        before = stream(self.load[: self.base_events])
+        return replay(before, expandable_segments=self.expandable).peak_allocated_bytes
+
+    def steps_stream(self, count: int) -> list[tuple[int, int]]:
+        """The steps, the last one again until there are `count`: it frees what the one before it
+        left, so a repeat frees what the one it repeats left. Raises ValueError where they differ.
+        """
+        events = stream(self.events)
+        start = next(i for i, e in enumerate(self.events) if e.step == self.events[-1].step)
+        last, heirs = events[start:], _heirs(self.events[start:])
+        names: dict[int, int] = {}
+        first = 1 + max(key for key, _ in events)
+        for repeat in range(count - self.events[-1].step):
+            offset = first * (repeat + 1)
+            before, names = names, {}
+            for key, size in last:
+                if size:
+                    names[key] = key + offset
+                    events.append((key + offset, size))
+                elif key in names:
+                    events.append((names[key], 0))
+                else:
+                    heir = heirs[key]
+                    events.append((before.get(heir, heir), 0))
+        return events
 
     def whole_stream(self) -> list[tuple[int, int]]:
         """Everything the run asks for, evaluation included."""
@@ -147,6 +178,22 @@ def stream(events: Sequence[Event]) -> list[tuple[int, int]]:
         else (e.storage_id, e.size_bytes if e.kind == "alloc" else 0)
         for e in events
     ]  # fmt: skip
+
+
+def _heirs(events: Sequence[Event]) -> dict[int, int]:
+    """What a step frees of the step before -> what it leaves for the next, alike one by one."""
+    made = {e.storage_id for e in events if e.kind == "alloc"}
+    left: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for event in live_storages([e for e in events if e.storage_id in made]):
+        left[event.size_bytes, event.op].append(event.storage_id)
+    heirs: dict[int, int] = {}
+    for event in events:
+        if event.kind == "free" and event.storage_id not in made:
+            alike = left[event.size_bytes, event.op]
+            if not alike:
+                raise ValueError(f"a step frees {event.op} of the one before and leaves none")
+            heirs[event.storage_id] = alike.pop(0)
+    return heirs
 
 
 def live_bytes(events: Sequence[Event]) -> int:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from probes.dry import standins, values
+from probes.dry import engine, standins, values
 from probes.dry.events import Category, Event, Phase
 from probes.dry.scope import Scope
 from probes.dry.target import Target
 
 ROUNDING_BYTES = 512  # kMinBlockSize of c10/cuda/CUDACachingAllocator.cpp
+LT_WORKSPACE_BYTES = 1 << 20  # measured on an H200, torch 2.11: a first addmm with a bias
 _aten = torch.ops.aten
 MATRIX_PRODUCTS = frozenset(
     (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
@@ -42,14 +43,14 @@ class Recorder(TorchDispatchMode):
         self.unknown: dict[str, None] = {}
         self._live: dict[int, tuple[int, Event, Any]] = {}
         self._count = 0
-        self._handles: set[str] = set()
+        self._handles: set[tuple[str, str]] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in MATRIX_PRODUCTS:
-            self._workspace()
+        if func is _aten.add.Tensor and engine.sums_in_place(func, args):
+            return args[0]
         standin = standins.lookup(func)
         if standin is not None:
             result = standin(self, func, args, kwargs)
@@ -59,6 +60,8 @@ class Recorder(TorchDispatchMode):
                 self.note_unknown(doubt)
             result = values.run(self, func, args, kwargs)
         self._note(func, result)
+        if func in MATRIX_PRODUCTS:
+            self._workspaces(func, args)
         return result
 
     def _note(self, func: Any, result: Any) -> None:
@@ -136,14 +139,18 @@ class Recorder(TorchDispatchMode):
     def note_unknown(self, what: str) -> None:
         self.unknown.setdefault(what)
 
-    def _workspace(self) -> None:
-        """cuBLAS takes one workspace a handle, and each thread that multiplies has its handle:
-        the caller's and autograd's. They stay (ATen/cuda/CublasHandlePool.cpp)."""
+    def _workspaces(self, func: Any, args: tuple) -> None:
+        """cuBLAS takes one workspace a handle after the first product's output, and each thread
+        that multiplies has its handle: the caller's and autograd's. They stay (ATen/cuda/
+        CublasHandlePool.cpp). A product with a bias goes through cublasLt, which has its own."""
         thread = "backward" if self.phase in ("backward", "recompute") else "forward"
-        if self.target.cublas_workspace_bytes and thread not in self._handles:
-            self._handles.add(thread)
-            event = self.begin("cuBLAS workspace", self.target.cublas_workspace_bytes)
-            event.category = "workspace"
+        wanted = [("cuBLAS workspace", self.target.cublas_workspace_bytes)]
+        if func is _aten.addmm.default and args[0].dim() == 1:
+            wanted = [("cublasLt workspace", LT_WORKSPACE_BYTES)]
+        for name, size in wanted:
+            if (name, thread) not in self._handles:
+                self._handles.add((name, thread))
+                self.begin(name, size).category = "workspace"
 
     def _event(self, kind: Any, size_bytes: int, func: Any, tensor: torch.Tensor | None) -> Event:
         self._count += 1

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from planner.devices import Device
+
 
 @dataclass(frozen=True)
 class Target:
@@ -38,6 +40,12 @@ class Target:
     def prefers_cudnn_attention(self) -> bool:
         """sdp_utils.cpp `check_prefer_cudnn_attention`: data-centre Hopper and Blackwell."""
         return self.major in (9, 10) and self.minor == 0
+
+
+def target_of(device: Device) -> Target:
+    """The card as the libraries see it."""
+    major, minor = device.compute_capability
+    return Target(major, minor, device.sm_count)
 
 
 _CUSTOM_MAX_ROWS = 1536  # _gemm_4bit_custom_max_m

@@ -45,6 +45,7 @@ def trace(
         scope.name(base)
         with recorder.during("load", "parameters"):
             load(recorder, base)
+            base_events = len(recorder.events)
             model = (
                 adapt_lean(base, spec)
                 if spec.stack == "lean"
@@ -71,7 +72,7 @@ def trace(
         loaded, events, tuple(recorder.unknown), evaluation, 0.0,
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
-        spec.expandable_segments or spec.stack == "lean",
+        spec.expandable_segments or spec.stack == "lean", base_events,
     )  # fmt: skip
     result.seconds = time.perf_counter() - started
     return result

@@ -41,16 +41,15 @@ def flash_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]
     batch, heads, length, depth = query.shape
     rows = -(-length // 128) * 128
     width = -(-depth // 32) * 32
-    made = [recorder.begin("flash_attention_backward", batch * heads * rows * 4, "float32")]
-    made.append(
-        recorder.begin("flash_attention_backward", batch * rows * heads * width * 4, "float32")
-    )
     results = tuple(_like_bshd(x) for x in (query, key, value))
     for x in results:
         recorder.track(x, func)
+    sizes = [batch * heads * rows * 4, batch * rows * heads * width * 4]
     if key.shape[1] != heads:
-        size = batch * key.shape[2] * heads * depth * key.element_size()
-        made += [recorder.begin("flash_attention_backward", size) for _ in range(2)]
+        sizes += [batch * key.shape[2] * heads * depth * key.element_size()] * 2
+    if recorder.target.prefers_cudnn_attention:
+        sizes = [sum(sizes)]  # cuDNN's plan: one workspace
+    made = [recorder.begin("flash_attention_backward", size, "float32") for size in sizes]
     for event in made:
         recorder.end(event)
     return results
