@@ -14,7 +14,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from recipes.dropout import dropped
+from recipes.dropout import up_projection
 from recipes.fused import adapted_linear, adapted_linear_backward
 
 
@@ -122,7 +122,7 @@ def linear_backward(linear: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
     p = float(getattr(module.lora_dropout[name], "p", 0.0)) if module.training else 0.0
     rows = x.reshape(-1, x.shape[-1])
     seed: Tensor = module._seed
-    u = (dropped(rows, seed, p) if p else rows) @ a.to(x.dtype).t()
+    u = up_projection(rows, a.to(x.dtype), seed, p)
     dx, da, db = adapted_linear_backward(
         grad, x, u, **frozen, a=a, b=b, seed=seed, scaling=module.scaling[name], dropout=p,
         needs_input=True,

@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import Tensor
 
-from recipes.dropout import add_dropped, dropped
+from recipes.dropout import add_branch, down_gradient, up_projection
 
 
 @torch.library.custom_op("vramwise::adapted_linear", mutates_args=())
@@ -42,8 +42,7 @@ def adapted_linear(
     y = torch.nn.functional.linear(rows, _dense(weight, quant, quant_type, shape, x.dtype), bias)
     u = x.new_empty(0)
     if a is not None and b is not None:
-        source = dropped(rows, seed, dropout) if dropout else rows  # type: ignore[arg-type]
-        u = source @ a.to(x.dtype).t()
+        u = up_projection(rows, a.to(x.dtype), seed, dropout)
         y.addmm_(u, b.to(x.dtype).t(), alpha=scaling)
     return y.view(*x.shape[:-1], shape[0]), u
 
@@ -82,11 +81,9 @@ def adapted_linear_backward(
         down = a.to(grad.dtype)
         du = (rows @ b.to(grad.dtype)).mul_(scaling)
         db = (rows.t() @ u).to(b.dtype).mul_(scaling)
-        da = (du.t() @ (dropped(source, seed, dropout) if dropout else source)).to(a.dtype)  # type: ignore[arg-type]
-        if needs_input and dropout:
-            dx = add_dropped(dx, du @ down, seed, dropout)  # type: ignore[arg-type]
-        elif needs_input:
-            dx.addmm_(du, down)
+        da = down_gradient(du, source, seed, dropout).to(a.dtype)
+        if needs_input:
+            dx = add_branch(dx, du, down, seed, dropout)
     if needs_input:
         dx = dx.view(*grad.shape[:-1], shape[1])
     return dx, da, db

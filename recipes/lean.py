@@ -22,6 +22,7 @@ from planner.errors import UnsupportedError
 from planner.spec import RunSpec
 from recipes.adapters import Seeds, fuse
 from recipes.build import Built
+from recipes.dropout import use_kernels
 from recipes.images import with_image_tokens
 from recipes.layers import LayerOptions, decoder_layers, first_trainable_layer, prepare_layers
 from recipes.loss import head_of, linear_cross_entropy, predicted_rows
@@ -35,12 +36,13 @@ Batch = dict[str, Tensor]
 class LeanOptions:
     """compile: None is on CUDA only; sub_batches: a micro batch is run in this many parts, its
     loss and gradients unchanged; split_layers: see recipes.layers; fuse_adapters: see
-    recipes.fused."""
+    recipes.fused; kernels: this project's Triton kernels on CUDA."""
 
     compile: bool | None = None
     fuse_adapters: bool = True
     split_layers: bool = True
     sub_batches: int = 1
+    kernels: bool = True
 
 
 DEFAULT_OPTIONS = LeanOptions()
@@ -66,6 +68,7 @@ class LeanStep:
         self.step_index = 0
         compiled = built.device.type == "cuda" if options.compile is None else options.compile
         self.model, self.base = built.model.train(), built.base
+        use_kernels(options.kernels)
         fused = options.fuse_adapters and spec.method == "lora"
         self._seeds = fuse(self.model, built.device) if fused else Seeds(0, built.device)
         self._freeze_unreached()
@@ -73,6 +76,7 @@ class LeanStep:
             self.base,
             LayerOptions(compiled, spec.gradient_checkpointing, options.split_layers),
         )
+        self._head = head_of(self.base)
         self._trunk_trains = any(p.requires_grad for p in self.base.model.parameters())
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.scheduler = self._optimizer(
@@ -126,7 +130,7 @@ class LeanStep:
         self._scaler.load_state_dict(state["scaler"])
 
     def _loss(self, batch: Batch, positions: Tensor, targets: Tensor, count: int) -> Tensor:
-        head = head_of(self.base)
+        head = self._head
         hidden = self._hidden(batch)
         with phase(self.listener, "loss"):
             dropping = self.model.training and head.dropout > 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from planner.errors import UnsupportedError
-from recipes.dropout import add_dropped, dropped
+from recipes.dropout import add_branch, down_gradient, up_projection
 
 CHUNK_BYTES = 1 << 27
 
@@ -131,42 +131,37 @@ def _chunk(
     seed: Tensor | None, grads: list[Tensor | None],
 ) -> Tensor:  # fmt: skip
     """One chunk's share of the loss; adds its gradients into `grads`."""
-    logits = hidden @ head.weight.to(hidden.dtype).t()
-    source, up = hidden, None
+    logits, up = hidden @ head.weight.to(hidden.dtype).t(), None
     if head.a is not None and head.b is not None:
-        if seed is not None and head.dropout:
-            source = dropped(hidden, seed, head.dropout)
-        up = source @ head.a.to(hidden.dtype).t()
+        up = up_projection(hidden, head.a.to(hidden.dtype), seed, head.dropout)
         logits.addmm_(up, head.b.to(hidden.dtype).t(), alpha=head.scaling)
     kernel = _entropy_kernel(logits.is_cuda, head.softcap, any(g is not None for g in grads))
     loss, grad = kernel(logits, target, head.excluded, scale)
     if grad is not None:
         del logits
-        _accumulate(grad, hidden, source, up, where, head, seed, grads)
+        _accumulate(grad, hidden, up, where, head, seed, grads)
     return loss
 
 
 def _accumulate(
-    grad: Tensor, hidden: Tensor, source: Tensor, up: Tensor | None, where: Tensor, head: Head,
+    grad: Tensor, hidden: Tensor, up: Tensor | None, where: Tensor, head: Head,
     seed: Tensor | None, grads: list[Tensor | None],
 ) -> None:  # fmt: skip
     d_hidden, d_weight, d_a, d_b = grads
     d_up = None
-    if up is not None:
-        d_up = (grad @ head.b.to(grad.dtype)).mul_(head.scaling)  # type: ignore[union-attr]
+    if up is not None and head.b is not None:
+        d_up = (grad @ head.b.to(grad.dtype)).mul_(head.scaling)
         if d_b is not None:
             d_b.add_((grad.t() @ up).float(), alpha=head.scaling)
         if d_a is not None:
-            d_a.add_((d_up.t() @ source).float())
+            d_a.add_(down_gradient(d_up, hidden, seed, head.dropout))
     if d_weight is not None:
         d_weight.add_((grad.t() @ hidden).float())
     if d_hidden is None:
         return
     rows = grad @ head.weight.to(grad.dtype)
-    if d_up is not None:
-        branch = d_up @ head.a.to(grad.dtype)  # type: ignore[union-attr]
-        dropping = seed is not None and head.dropout
-        rows = add_dropped(rows, branch, seed, head.dropout) if dropping else rows + branch  # type: ignore[arg-type]
+    if d_up is not None and head.a is not None:
+        rows = add_branch(rows, d_up, head.a.to(grad.dtype), seed, head.dropout)
     d_hidden.index_copy_(0, where, rows)
 
 

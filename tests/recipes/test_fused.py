@@ -9,7 +9,13 @@ import torch
 
 from recipes.adapters import fuse
 from recipes.build import build
-from recipes.dropout import add_dropped, dropped, keep_mask
+from recipes.dropout import (
+    add_branch,
+    down_gradient,
+    dropped,
+    keep_mask,
+    up_projection,
+)
 from tests.recipes.tiny import tiny_llama, tiny_spec
 
 
@@ -103,12 +109,35 @@ def test_keep_mask_statistics(p: float) -> None:
     assert abs(between) < 5 / 400_000**0.5
 
 
-def test_dropped_scales_and_adds() -> None:
+def test_branch_functions_are_the_masked_products() -> None:
     seed = torch.tensor(7, dtype=torch.int32)
-    x, y = torch.randn(6, 8), torch.randn(6, 8)
-    mask = keep_mask(x.shape, seed, 0.25)
-    assert torch.equal(dropped(x, seed, 0.25), torch.where(mask, x * (1 / 0.75), 0.0))
-    assert torch.allclose(add_dropped(y, x, seed, 0.25), y + torch.where(mask, x / 0.75, 0.0))
+    x, a, du, dx = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2), torch.randn(6, 8)
+    masked = keep_mask(x.shape, seed, 0.25) / 0.75
+    assert torch.allclose(dropped(x, seed, 0.25), x * masked)
+    assert torch.allclose(up_projection(x, a, seed, 0.25), (x * masked) @ a.t(), atol=1e-6)
+    assert torch.allclose(down_gradient(du, x, seed, 0.25), du.t() @ (x * masked), atol=1e-6)
+    want = dx + (du @ a) * masked
+    assert torch.allclose(add_branch(dx, du, a, seed, 0.25), want, atol=1e-6)
+    assert torch.equal(up_projection(x, a, None, 0.25), x @ a.t())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("rows", "width", "rank"), [(512, 256, 16), (130, 200, 8), (65, 4096, 64)])
+def test_kernels_equal_torch(rows: int, width: int, rank: int) -> None:
+    from recipes import kernels
+
+    torch.manual_seed(0)
+    seed = torch.tensor(-12345, dtype=torch.int32, device="cuda")
+    x, a = torch.randn(rows, width, device="cuda"), torch.randn(rank, width, device="cuda")
+    du, dx = torch.randn(rows, rank, device="cuda"), torch.randn(rows, width, device="cuda")
+    masked = keep_mask(x.shape, seed, 0.05) / 0.95
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    assert torch.allclose(kernels.up(x, a, seed, 0.05), (x * masked) @ a.t(), **close)
+    want = dx + (du @ a) * masked
+    assert torch.allclose(kernels.add_branch(dx, du, a, seed, 0.05), want, **close)
+    got = kernels.down_gradient(du, x, seed, 0.05)
+    assert torch.allclose(got, du.t() @ (x * masked), **close)
 
 
 def test_same_mask_compiled() -> None:
