@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
 from typing import Any, Literal
 
+from planner.calibration import WIDENING, Band, band_key, calibration_of
 from planner.models.registry import Model
 from planner.spec import RunSpec
+
+Basis = Literal["measured", "calibrated", "traced", "analytic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,25 +18,38 @@ class Interval:
 
     low_bytes: Any
     high_bytes: Any
-    basis: Literal["measured", "calibrated", "traced", "analytic"]
+    basis: Basis
     notes: tuple[str, ...] = ()
 
 
-def requirement_interval(spec: RunSpec, model: Model, required_bytes: Any) -> Interval:
-    """The band around `allocator_required_bytes`."""
-    band = _bands().get(spec.stack, _bands()["analytic"])
+def requirement_interval(
+    spec: RunSpec, model: Model, required_bytes: Any, device_id: str | None = None
+) -> Interval:
+    """The band around `allocator_required_bytes`: "calibrated" where records cover the stack, the
+    model's family and the versions, else "analytic" and wider. The allocator is the same on every
+    card, so the card does not widen it."""
+    calibration, _ = calibration_of(device_id or "h200")
+    band = calibration.bands.get(band_key(spec.stack, spec.gradient_checkpointing))
+    covered = (
+        band is not None
+        and model.model_type in calibration.model_types
+        and _minor(spec.versions.torch) == _minor(calibration.versions["torch"])
+        and _minor(spec.versions.transformers) == _minor(calibration.versions["transformers"])
+    )
+    if band is None:
+        bands = calibration.bands.values()
+        band = Band(min(b.low for b in bands), max(b.high for b in bands), 0)
+    factor = 1.0 if covered else WIDENING
     return Interval(
-        _scaled(required_bytes, 1 + band["low"]), _scaled(required_bytes, 1 + band["high"]),
-        band["basis"],
-    )  # fmt: skip
+        _scaled(required_bytes, 1 + factor * band.low),
+        _scaled(required_bytes, 1 + factor * band.high),
+        "calibrated" if covered else "analytic",
+    )
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
 
 
 def _scaled(size: Any, factor: float) -> Any:
     return int(size * factor) if isinstance(size, int) else (size * factor).astype("int64")
-
-
-@lru_cache(maxsize=1)
-def _bands() -> dict[str, Any]:
-    text = files("planner").joinpath("data/intervals.json").read_text(encoding="utf-8")
-    bands: dict[str, Any] = json.loads(text)
-    return bands

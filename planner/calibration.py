@@ -1,0 +1,112 @@
+"""What records taught: speeds and bands by device, shipped as data, or the user's own.
+
+`vramwise calibrate` writes the file; the user's stands before the shipped one. A device, family or
+version without records is carried over from those with, and its bands are wider.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from planner.errors import InputError, Problem
+
+SHIPPED = Path(__file__).with_name("data") / "calibration.json"
+# A band or spread where no record covers the device, the family or the versions: twice as wide.
+WIDENING = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How much of the datasheet a training step reaches, and the host's pace.
+
+    matmul_share, bandwidth_share: of the peak rates; launch_s: host time a kernel. spread:
+    relative half-width of the interval of a step that the GPU bounds; launch_spread: of one that
+    the host bounds.
+    """
+
+    matmul_share: float
+    bandwidth_share: float
+    launch_s: float
+    spread: float
+    launch_spread: float
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Truth over prediction, less one: the lowest and highest seen on held-out records."""
+
+    low: float
+    high: float
+    records: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """One device's records, learnt."""
+
+    device: str
+    rates: Rates
+    bands: dict[str, Band]
+    model_types: tuple[str, ...]
+    versions: dict[str, str]
+    records: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def band_key(stack: str, gradient_checkpointing: bool) -> str:
+    """Configurations that leave the allocator alike: by stack and checkpointing."""
+    return f"{stack}, {'checkpointed' if gradient_checkpointing else 'plain'}"
+
+
+def user_file() -> Path:
+    """Where `vramwise calibrate` keeps what it learnt."""
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(base).expanduser() / "vramwise" / "calibration.json"
+
+
+def calibration_of(device_id: str) -> tuple[Calibration, bool]:
+    """The calibration of a device, and whether it is its own (else the nearest: the shipped)."""
+    known = _all()
+    if device_id in known:
+        return known[device_id], True
+    return next(iter(known.values())), False
+
+
+@lru_cache(maxsize=1)
+def _all() -> dict[str, Calibration]:
+    known = read(SHIPPED)
+    user = user_file()
+    return {**known, **(read(user) if user.is_file() else {})}
+
+
+def forget() -> None:
+    """Read the files again at the next question: they changed."""
+    _all.cache_clear()
+
+
+def read(path: Path) -> dict[str, Calibration]:
+    """Calibrations of a file by device id; InputError where it is not one."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {entry["device"]: _entry(entry) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"is not a calibration file: {type(error).__name__}: {error}"
+        raise InputError(Problem("calibration", problem, str(path))) from None
+
+
+def _entry(entry: dict[str, Any]) -> Calibration:
+    return Calibration(
+        device=entry["device"],
+        rates=Rates(**entry["rates"]),
+        bands={key: Band(**band) for key, band in entry["bands"].items()},
+        model_types=tuple(entry["model_types"]),
+        versions=entry["versions"],
+        records=entry["records"],
+    )

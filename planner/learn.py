@@ -1,0 +1,133 @@
+"""Learning a device from records: speeds fitted to two thirds, bands read off the held-out third."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from planner.calibration import Band, Calibration, Rates, band_key
+from planner.devices import find_device
+from planner.errors import InputError, Problem
+from planner.memory.program import run
+from planner.models.registry import load_model
+from planner.residuals import Residual
+from planner.throughput.model import Load, load_of, parts
+
+# The search for the three rates: (low, high) and how often the grid around the best is narrowed.
+_RANGES = ((0.2, 1.0), (0.3, 1.5), (5e-6, 1e-4))
+_ROUNDS, _POINTS = 4, 13
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A step's load and its measured seconds."""
+
+    load: Load
+    seconds: float
+
+
+def learn(device_name: str, rows: Sequence[Residual]) -> Calibration:
+    """The calibration of a device from its residuals; InputError where there are too few."""
+    device = find_device(device_name)
+    fitted = [row for row in rows if not row.measured.held_out]
+    held_out = [row for row in rows if row.measured.held_out]
+    if len(fitted) < 6 or len(held_out) < 3:
+        found = f"{len(fitted)} to learn from, {len(held_out)} held out"
+        raise InputError(Problem("records", "are too few", found, "at least 6 and 3"))
+    timed = [
+        Timed(load_of(row.measured.spec, device, _work(row)), row.measured.step_s) for row in fitted
+    ]
+    spec = rows[0].measured.spec
+    return Calibration(
+        device=device.id,
+        rates=fit_rates(timed),
+        bands=bands(held_out),
+        model_types=tuple(sorted({_model_type(row) for row in rows})),
+        versions={"torch": spec.versions.torch, "transformers": spec.versions.transformers},
+        records=len(rows),
+    )
+
+
+def fit_rates(timed: Sequence[Timed]) -> Rates:
+    """The shares and the launch time with the smallest mean relative error, by grids that close
+    in; then the spread that covers nine in ten."""
+    ranges = list(_RANGES)
+    best = (float("inf"), Rates(1.0, 1.0, 1e-5, 0.0, 0.0))
+    for _ in range(_ROUNDS):
+        axes = [_geometric(low, high) for low, high in ranges]
+        for a in axes[0]:
+            for b in axes[1]:
+                for c in axes[2]:
+                    rates = Rates(a, b, c, 0.0, 0.0)
+                    error = sum(abs(_error(rates, row)) for row in timed) / len(timed)
+                    best = min(best, (error, rates), key=lambda pair: pair[0])
+        chosen = (best[1].matmul_share, best[1].bandwidth_share, best[1].launch_s)
+        ranges = [
+            (max(low, value * (low / high) ** 0.15), min(high, value * (high / low) ** 0.15))
+            for value, (low, high) in zip(chosen, ranges, strict=True)
+        ]
+    return _with_spread(best[1], timed)
+
+
+def _geometric(low: float, high: float) -> list[float]:
+    return [low * (high / low) ** (index / (_POINTS - 1)) for index in range(_POINTS)]
+
+
+def _seconds(rates: Rates, load: Load) -> tuple[float, bool]:
+    arithmetic, traffic, launches = parts(rates, load)
+    return max(arithmetic + traffic, launches), bool(launches > arithmetic + traffic)
+
+
+def _error(rates: Rates, row: Timed) -> float:
+    return _seconds(rates, row.load)[0] / row.seconds - 1
+
+
+def _with_spread(rates: Rates, timed: Sequence[Timed]) -> Rates:
+    spreads = {}
+    for by_host in (False, True):
+        errors = sorted(
+            abs(row.seconds / _seconds(rates, row.load)[0] - 1)
+            for row in timed
+            if _seconds(rates, row.load)[1] == by_host
+        )
+        spreads[by_host] = errors[int(0.9 * (len(errors) - 1))] if errors else 0.5
+    return Rates(
+        round(rates.matmul_share, 4), round(rates.bandwidth_share, 4), round(rates.launch_s, 8),
+        round(spreads[False], 3), round(spreads[True], 3),
+    )  # fmt: skip
+
+
+def bands(held_out: Iterable[Residual]) -> dict[str, Band]:
+    """Truth over prediction on the held-out records, by kind of configuration: from the largest
+    cap that failed to the smallest that passed."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in held_out:
+        measured = row.measured
+        if measured.failed_cap_bytes is None or measured.passed_cap_bytes is None:
+            continue
+        predicted = row.predicted.allocator_required_bytes
+        key = band_key(measured.spec.stack, measured.spec.gradient_checkpointing)
+        ends = (measured.failed_cap_bytes / predicted - 1, measured.passed_cap_bytes / predicted - 1)
+        found.setdefault(key, []).append(ends)
+    return {
+        key: Band(
+            round(min(low for low, _ in ends), 4), round(max(high for _, high in ends), 4), len(ends)
+        )
+        for key, ends in found.items()
+    }
+
+
+def spread_of(errors: Iterable[float]) -> tuple[float, float, float]:
+    """(median absolute, worst absolute, bias) of relative errors."""
+    values = list(errors)
+    sizes = [abs(value) for value in values]
+    return median(sizes), max(sizes), sum(values) / len(values)
+
+
+def _work(row: Residual):  # type: ignore[no-untyped-def]
+    return run(row.measured.spec, load_model(row.measured.spec.model)).work
+
+
+def _model_type(row: Residual) -> str:
+    return load_model(row.measured.spec.model).model_type
