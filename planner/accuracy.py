@@ -44,8 +44,8 @@ def report_markdown(rows: Sequence[Residual], refused: Sequence[tuple[Measured, 
     parts = [
         "# Predicted against measured",
         f"Made by `{COMMAND}`. Errors are predicted over measured less one. A third of the records "
-        "is held out by the hash of its key: no speed or band was fitted to it. Bytes are not "
-        "fitted to any record.",
+        "is held out by the hash of its key: no speed was fitted to it. Bytes are not "
+        "fitted to any record; the requirement's bands are the residuals of all bisected ones.",
         "## Held out",
         table(row for row in rows if row.measured.held_out),
         "## All records",

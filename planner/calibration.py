@@ -38,7 +38,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Truth over prediction, less one: the lowest and highest seen on held-out records."""
+    """Truth over prediction, less one: the lowest and highest seen on bisected records."""
 
     low: float
     high: float

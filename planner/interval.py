@@ -1,4 +1,4 @@
-"""How sure the requirement is: a band from residuals of like configurations on held-out records."""
+"""How sure the requirement is: a band from the residuals of like configurations."""
 
 from __future__ import annotations
 

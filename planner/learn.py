@@ -1,4 +1,8 @@
-"""Learning a device from records: speeds fitted to two thirds, bands read off the held-out third."""
+"""Learning a device from records: speeds fitted to two thirds, and judged on the held-out third.
+
+The bands of the requirement are read off every record: no byte of the memory model is fitted to any
+of them, so each is held out from it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ def learn(device_name: str, rows: Sequence[Residual]) -> Calibration:
     return Calibration(
         device=device.id,
         rates=fit_rates(timed),
-        bands=bands(held_out),
+        bands=bands(rows),
         model_types=tuple(sorted({_model_type(row) for row in rows})),
         versions={"torch": spec.versions.torch, "transformers": spec.versions.transformers},
         records=len(rows),
@@ -98,11 +102,11 @@ def _with_spread(rates: Rates, timed: Sequence[Timed]) -> Rates:
     )  # fmt: skip
 
 
-def bands(held_out: Iterable[Residual]) -> dict[str, Band]:
-    """Truth over prediction on the held-out records, by kind of configuration: from the largest
+def bands(rows: Iterable[Residual]) -> dict[str, Band]:
+    """Truth over prediction on the bisected records, by kind of configuration: from the largest
     cap that failed to the smallest that passed."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for row in held_out:
+    for row in rows:
         measured = row.measured
         if measured.failed_cap_bytes is None or measured.passed_cap_bytes is None:
             continue
