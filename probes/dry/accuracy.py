@@ -57,16 +57,17 @@ def compare(record: Record) -> Row:
     assert record.environment is not None
     device = find_device(record.environment.device)
     traced = trace(record.spec, target=target_of(device))
+    peak = traced.replayed_for(record.options.steps).peak_allocated_bytes
     load, evaluation = meters.phases.get("load"), meters.phases.get("evaluation")
     return Row(
         record.key, record.campaign, load_model(record.spec.model).model_type, record.spec.stack,
         _setting(record),
         _residue(traced.allocated_after_load_bytes, meters.resident_bytes),
         _residue(traced.base_load_peak_bytes, load.peak_allocated_bytes) if load else None,
-        _residue(traced.peak_allocated_bytes, meters.peak_allocated_bytes),
+        _residue(peak, meters.peak_allocated_bytes),
         _residue(traced.eval_peak_bytes, evaluation.peak_allocated_bytes) if evaluation else None,
-        _distance(required_bytes(traced), meters.capacity) if meters.capacity else None,
-        meters.peak_allocated_bytes, traced.peak_allocated_bytes, round(traced.seconds, 1),
+        _distance(required_bytes(traced), meters.capacity, peak) if meters.capacity else None,
+        meters.peak_allocated_bytes, peak, round(traced.seconds, 1),
         "; ".join(traced.unknown_operations), _by_phase(traced, record),
     )  # fmt: skip
 
@@ -83,9 +84,10 @@ def _residue(traced: int | None, measured: int) -> float | None:
     return None if traced is None else (traced - measured) / measured
 
 
-def _distance(required: int, bracket: Capacity) -> float:
-    """0 inside (failed, passed]; else how far beyond the nearer end, relative to it."""
-    low, high = bracket.failed_cap_bytes or bracket.passed_cap_bytes, bracket.passed_cap_bytes
+def _distance(required: int, bracket: Capacity, peak: int) -> float:
+    """0 inside (failed, passed]; else how far beyond the nearer end, relative to it. Where no
+    smaller cap was tried, nothing below the peak can pass."""
+    low, high = bracket.failed_cap_bytes or peak, bracket.passed_cap_bytes
     if required > high:
         return (required - high) / high
     return min(0.0, (required - low) / low)

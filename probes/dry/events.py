@@ -20,6 +20,9 @@ Phase = Literal[
 ]  # fmt: skip
 
 
+STEPS = 4  # of a replay: layouts change from step to step until about then
+
+
 @dataclass(slots=True)
 class Event:
     """One storage allocated or freed.
@@ -94,12 +97,13 @@ class Trace:
 
     @cached_property
     def replayed(self) -> Replay:
-        """The whole run through the caching allocator, peaks reset after loading."""
-        return replay(self.stream(), expandable_segments=self.expandable)
+        """Loading and `STEPS` steps through the caching allocator, peaks reset after loading."""
+        return self.replayed_for(STEPS)
 
-    def stream(self) -> list[tuple[int, int]]:
-        """Loading and steps as the allocator's input."""
-        return [*stream(self.load), RESET_PEAKS, *stream(self.events)]
+    def replayed_for(self, steps: int) -> Replay:
+        """The same for a run of so many steps: what is not split off settles over a few."""
+        whole = [*stream(self.load), RESET_PEAKS, *self.steps_stream(steps)]
+        return replay(whole, expandable_segments=self.expandable)
 
     @property
     def base_load_peak_bytes(self) -> int:
