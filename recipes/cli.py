@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
         _say(_planned_text(planned))
     if arguments.check:
         return _check(spec, planned)
-    from recipes.train import run as train
+    from recipes.report import run as train
 
     output = Path(arguments.output)
     report = train(
@@ -85,7 +85,7 @@ def _summary(name: str, values: dict[str, Any]) -> str:
 def _check(spec: RunSpec, planned: dict[str, Any] | None) -> int:
     """The findings alone: nothing is built. 2 where one of them stops the run."""
     from recipes.models import load_config
-    from recipes.train import check_data, check_settings, prepare, tokenizer_of
+    from recipes.preparing import check_data, check_settings, prepare, tokenizer_of
 
     findings = check_settings(spec, planned["step_seconds"] if planned else None)
     for finding in findings:

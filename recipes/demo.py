@@ -23,7 +23,8 @@ from recipes.console import note, out
 from recipes.data.encoding import pixels
 from recipes.demo_data import SIZE, demo_config, demo_tokenizer, pictures, write_demo_data
 from recipes.demo_model import write_demo_model
-from recipes.train import Report, Run, judge
+from recipes.report import Report, judge
+from recipes.train import Run
 
 TRAINING_PICTURES, QUESTIONS, STEPS, SEED = 1500, 200, 900, 0
 

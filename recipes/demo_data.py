@@ -4,6 +4,7 @@ a tokenizer of their words. Everything is made by a seed; nothing is read."""
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -67,13 +68,18 @@ def write_demo_data(folder: Path, training: int, questions: int, seed: int) -> t
     return paths
 
 
-def demo_tokenizer() -> PreTrainedTokenizerFast:
+def demo_tokenizer(
+    image_codes: int = CODES, placeholder_id: int = 4 + CODES
+) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the demo's words, laid out as Chameleon's: special tokens, image
     codes from id 4, the image's marks and placeholder, words."""
-    codes = chameleon_vocabulary_map(CODES, placeholder_id=4 + CODES)
+    codes = chameleon_vocabulary_map(image_codes, placeholder_id=placeholder_id)
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **codes}
+    free = 4 + image_codes
     for name in (BEGIN_IMAGE, END_IMAGE, *sorted(_words())):
-        vocabulary.setdefault(name, len(vocabulary))
+        if name not in vocabulary:
+            vocabulary[name] = next(i for i in itertools.count(free) if i != placeholder_id)
+            free = vocabulary[name] + 1
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = _splitter()
     return PreTrainedTokenizerFast(

@@ -1,18 +1,16 @@
-"""The planned fine-tune, run: data, checks, training, checkpoints, base against tuned, a report."""
+"""The planned fine-tune, run: from its newest checkpoint to its end, on either stack."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from planner.errors import InputError, Problem, UnsupportedError, VramwiseError
 from planner.spec import RunSpec
@@ -22,18 +20,9 @@ from recipes.checkpoints import CheckpointError, load_checkpoint, save_checkpoin
 from recipes.checks import (
     Finding,
     check_model,
-    check_padding,
-    check_precision,
-    check_samples,
-    check_schedule,
-    check_seed_habits,
 )
 from recipes.data.batches import Batches
-from recipes.data.encoding import Encoded, Encoder, pixels
-from recipes.data.schemas import questions_of, samples_of
-from recipes.data.tables import read_table
-from recipes.evaluation.questions import ENGLISH, SPANISH, Question, Wording, stratified
-from recipes.evaluation.results import Summary, compare, summarise, write_rich_csv, write_seed_csv
+from recipes.data.encoding import pixels
 from recipes.evaluation.scoring import (
     Answer,
     Prompt,
@@ -46,6 +35,16 @@ from recipes.layers import decoder_layers
 from recipes.lean import DEFAULT_OPTIONS, LeanOptions, LeanStep, reached_layers
 from recipes.liger import apply_liger
 from recipes.models import load_config
+from recipes.preparing import (
+    check_data,
+    check_settings,
+    corpus,
+    pad_id,
+    prepare,
+    tokenizer_of,
+    total_steps,
+    training_batches,
+)
 from recipes.train_stock import train_stock
 from recipes.vocabulary import train_new_rows
 
@@ -54,99 +53,6 @@ Say = Callable[[str], None]
 
 class TrainingError(VramwiseError):
     """The run cannot go on; says what is kept."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run's data, encoded: before any model is built."""
-
-    encoder: Encoder
-    training: list[Encoded]
-    held_out: list[Encoded]
-    questions: list[Question]
-    wording: Wording
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a run came to. losses: one a step, resumed steps included; base, tuned: None without
-    questions; p_value: McNemar's, base against tuned; peaks are 0 off CUDA."""
-
-    steps: int
-    losses: list[float]
-    seconds: float
-    step_seconds: float
-    tokens_per_second: float
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    base: Summary | None
-    tuned: Summary | None
-    p_value: float | None
-    planned: dict[str, Any] | None
-    output: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
-        return asdict(self)
-
-
-def prepare(spec: RunSpec, config: PretrainedConfig, tokenizer: Any) -> Prepared:
-    """Read, split and encode the spec's data. Raises InputError; needs no model and no card."""
-    if spec.data is None:
-        raise InputError(Problem("data.source", "is required to train"))
-    samples = samples_of(read_table(spec.data.source), spec.data.format)
-    if spec.data.shuffle:
-        order = torch.randperm(
-            len(samples), generator=torch.Generator().manual_seed(spec.schedule.seed)
-        )
-        samples = [samples[place] for place in order.tolist()]
-    encoder = Encoder(tokenizer, config, spec.sequence_length, spec.data)
-    encoded = [encoder.sample(sample) for sample in samples]
-    cut = max(1, int(len(encoded) * spec.data.train_fraction))
-    if spec.schedule.samples is not None:
-        encoded = [*encoded[:cut][: spec.schedule.samples], *encoded[cut:]]
-        cut = min(cut, spec.schedule.samples)
-    learnable = [e for e in encoded[:cut] if any(label != -100 for label in e.labels[1:])]
-    held_out = encoded[cut:][: spec.schedule.evaluation_samples]
-    wording = ENGLISH if spec.evaluation and spec.evaluation.language == "en" else SPANISH
-    return Prepared(encoder, learnable or encoded[:cut], held_out, _questions(spec), wording)
-
-
-def check_settings(spec: RunSpec, step_s: float | None = None) -> list[Finding]:
-    """Findings that need neither data nor model."""
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    steps = spec.schedule.max_steps
-    scheduled = check_schedule(spec, steps, step_s) if steps else []
-    return [*check_precision(spec, capability), *check_seed_habits(spec), *scheduled]
-
-
-def check_data(spec: RunSpec, prepared: Prepared) -> list[Finding]:
-    """Findings about the encoded samples and their batches."""
-    config, tokenizer = prepared.encoder.config, prepared.encoder.tokenizer
-    batches = training_batches(spec, prepared)
-    steps = total_steps(spec, batches)
-    return [
-        *check_samples(prepared.training, config, tokenizer.pad_token_id),
-        *check_padding(batches),
-        *([] if spec.schedule.max_steps else check_schedule(spec, steps, None)),
-    ]
-
-
-def training_batches(spec: RunSpec, prepared: Prepared) -> Batches:
-    """The run's batches, in their order."""
-    data = spec.data
-    assert data is not None
-    return Batches(
-        prepared.training, spec.micro_batch_size, spec.gradient_accumulation_steps,
-        _pad_id(prepared.encoder.tokenizer), spec.schedule.seed,
-        spec.sequence_length if data.padding == "max_length" else None, data.group_by_length,
-    )  # fmt: skip
-
-
-def total_steps(spec: RunSpec, batches: Batches) -> int:
-    """Optimizer steps of the whole run."""
-    by_epochs = math.ceil(spec.schedule.epochs * batches.steps_per_epoch)
-    return spec.schedule.max_steps or by_epochs
 
 
 class Run:
@@ -162,7 +68,7 @@ class Run:
         output.mkdir(parents=True, exist_ok=True)
         changed = changed_base(
             spec, config or load_config(spec.model), tokenizer or tokenizer_of(spec), weights,
-            output / "base", _corpus(spec), say,
+            output / "base", corpus(spec), say,
         )  # fmt: skip
         config, weights = changed.config, changed.weights
         self.prepared = prepare(spec, config, changed.tokenizer)
@@ -232,7 +138,7 @@ class Run:
         total, count = 0.0, 0
         held = Batches(
             self.prepared.held_out, self.spec.evaluation_batch_size or self.spec.micro_batch_size,
-            1, _pad_id(self.prepared.encoder.tokenizer), 0,
+            1, pad_id(self.prepared.encoder.tokenizer), 0,
         )  # fmt: skip
         for start in range(0, len(self.prepared.held_out), held.size):
             places = range(start, min(start + held.size, len(self.prepared.held_out)))
@@ -352,91 +258,6 @@ class Run:
         errors = [f for f in findings if f.severity == "error"]
         if errors:
             raise InputError(Problem(finding.subject, finding.text) for finding in errors)
-
-
-def run(
-    spec: RunSpec, output: Path, *, planned: dict[str, Any] | None = None, **arguments: Any
-) -> Report:
-    """Prepare, train to the end, judge base against tuned, write report.json and the CSV files."""
-    run = Run(spec, output, **arguments)
-    on_cuda = run.built.device.type == "cuda"
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    base = run.answers(tuned=False) if run.prepared.questions else None
-    before, began = len(run.losses), time.perf_counter()
-    losses = run.train()
-    seconds = time.perf_counter() - began
-    fresh = max(1, len(losses) - before)
-    tokens = spec.micro_batch_size * spec.gradient_accumulation_steps * spec.sequence_length
-    tuned = run.answers() if run.prepared.questions else None
-    judged = judge(output, run.prepared.questions, base, tuned)
-    report = Report(
-        steps=len(losses), losses=losses, seconds=seconds, step_seconds=seconds / fresh,
-        tokens_per_second=tokens * fresh / max(seconds, 1e-9),
-        peak_allocated_bytes=torch.cuda.max_memory_allocated() if on_cuda else 0,
-        peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda else 0,
-        base=judged[0], tuned=judged[1], p_value=judged[2], planned=planned, output=str(output),
-    )  # fmt: skip
-    model: Any = run.built.model
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(str(output / "adapter"), save_embedding_layers=False)
-    if run.first_new_id is not None:
-        rows = {
-            n: p.detach()[run.first_new_id :].cpu().contiguous()
-            for n, p in run.built.base.named_parameters()
-            if p.requires_grad and "lora_" not in n
-        }
-        save_file(rows, output / "new_rows.safetensors")
-    (output / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", "utf-8")
-    return report
-
-
-def judge(
-    output: Path, questions: list[Question], base: list[Answer] | None, tuned: list[Answer] | None
-) -> tuple[Summary | None, Summary | None, float | None]:
-    """Write the four CSV files; (base, tuned, McNemar's p-value), Nones without answers."""
-    if base is None or tuned is None:
-        return None, None, None
-    write_seed_csv(output / "evaluation_results_base.csv", questions, base)
-    write_seed_csv(output / "evaluation_results_testing.csv", questions, tuned)
-    write_rich_csv(output / "evaluation_base.csv", questions, base, "base")
-    write_rich_csv(output / "evaluation_tuned.csv", questions, tuned, "tuned")
-    summaries = summarise(questions, base), summarise(questions, tuned)
-    return (*summaries, compare(questions, base, tuned))
-
-
-def _questions(spec: RunSpec) -> list[Question]:
-    judged = spec.evaluation
-    if judged is None:
-        return []
-    table = read_table(judged.source, "test", "evaluation.source")
-    questions = questions_of(table, judged.format)
-    if judged.sample == "first":
-        return questions[: judged.questions]
-    return stratified(questions, judged.questions, spec.schedule.seed)
-
-
-def _corpus(spec: RunSpec) -> list[str]:
-    """The training texts that new tokens are chosen from; none where none are asked for."""
-    if spec.vocabulary is None or spec.data is None:
-        return []
-    samples = samples_of(read_table(spec.data.source), spec.data.format)
-    return [f"{s.instruction} {s.input} {s.output}" for s in samples]
-
-
-def tokenizer_of(spec: RunSpec) -> Any:
-    """The spec's tokenizer, or its model's. Raises InputError."""
-    name = (spec.data.tokenizer if spec.data else None) or spec.model
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(Problem("data.tokenizer", f"cannot be read: {reason}", name)) from None
-
-
-def _pad_id(tokenizer: Any) -> int:
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ from recipes.data.encoding import pixels
 from recipes.demo import demo_spec
 from recipes.demo_data import demo_config, demo_tokenizer, pictures, write_demo_data
 from recipes.demo_model import write_demo_model
-from recipes.train import Run, TrainingError, run
+from recipes.report import run
+from recipes.train import Run, TrainingError
 
 STEPS = 6
 
