@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from planner.calibration import calibration_of
 from planner.devices import Device
 from planner.estimate import Estimate
 from planner.memory.terms import Term
 from planner.non_torch import non_torch
-from planner.throughput.model import rates_of
 from planner.units import GIB
 
 
@@ -48,17 +48,18 @@ def _sizes(answer: Estimate, device: Device) -> list[Term]:
 
 
 def _times(answer: Estimate, device: Device) -> list[Term]:
-    spec, time, rates = answer.spec, answer.time, rates_of(device.id)
+    spec, time = answer.spec, answer.time
+    rates = calibration_of(device.id)[0].rates
     peak = device.matmul_flops_per_s(spec.precision) / 1e12
     bandwidth = device.bandwidth_bytes_per_s / 1e9
     tokens = spec.micro_batch_size * spec.sequence_length * spec.gradient_accumulation_steps
     step = (
         f"max(arithmetic {time.arithmetic_s:.4g} s + memory {time.bytes_s:.4g} s, launches "
-        f"{time.launches_s:.4g} s) + {rates.step_s:.3g} s = {answer.step_seconds:.4g} s; "
+        f"{time.launches_s:.4g} s) = {answer.step_seconds:.4g} s; "
         f"arithmetic: {answer.flops_per_step:.4g} FLOPs at {rates.matmul_share:.0%} of "
         f"{peak:.4g} TFLOP/s ({spec.precision}, dense; fp32 products at their own rate); memory: "
         f"at {rates.bandwidth_share:.0%} of {bandwidth:.4g} GB/s; launches: "
-        f"{answer.launches_per_step} at {rates.launch_s * 1e6:.3g} us ({rates.basis})"
+        f"{answer.launches_per_step} at {rates.launch_s * 1e6:.3g} us ({time.basis})"
     )
     pace = (
         f"{spec.micro_batch_size} x {spec.sequence_length} x {spec.gradient_accumulation_steps} = "
