@@ -73,6 +73,7 @@ def test_every_combination_is_a_row_once(tiny: str) -> None:
     assert sorted(row.values for row in rows) == sorted(product(*axes.values()))
 
 
+@pytest.mark.slow
 def test_200_drawn_rows_equal_fit(tiny: str) -> None:
     draw = random.Random(20)
     checked = 0

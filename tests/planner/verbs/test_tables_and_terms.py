@@ -53,6 +53,7 @@ def test_explain_an_unknown_term_is_bad_input(
     assert "TERM" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quoted_bytes_find_the_configuration_they_came_from(
     tiny: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
