@@ -51,7 +51,8 @@ def build(
         raise InputError(Problem("method", "quantised weights cannot be trained in full", "full",
                                  "lora, or quantization none"))  # fmt: skip
     target = torch.device(device)
-    allocator_settings(spec)
+    if target.type == "cuda":
+        allocator_settings(spec)
     torch.manual_seed(seed)
     loaded = copy.deepcopy(load_config(config if config is not None else spec.model))
     base = _base_model(spec, loaded, target, weights)
