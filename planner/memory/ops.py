@@ -42,6 +42,15 @@ class Work:
         self.traffic_bytes: Any = 0
         self.launches: Any = 0
 
+    def counters(self) -> tuple[Any, ...]:
+        """All of them, in the order of their names."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def add(self, counters: tuple[Any, ...], times: int) -> None:
+        """Add `times` these counters."""
+        for name, value in zip(self.__slots__, counters, strict=True):
+            setattr(self, name, getattr(self, name) + times * value)
+
 
 class Engine:
     """Runs operations on shadow tensors and records what they allocate."""
@@ -126,6 +135,16 @@ class Engine:
         output.node = node
         return output
 
+    def about_to_save(self, inputs: Sequence[Tensor | None]) -> None:
+        """Inputs are saved before a kernel runs: a recomputation that ends with them stops here."""
+        if self._refill is None:
+            return
+        frame, position = self._refill
+        wanted = [tensor for tensor in inputs if tensor is not None]
+        if wanted and len(frame.slots) - position[0] == len(wanted):
+            for tensor in wanted:
+                self._save(tensor)
+
     def _save(self, tensor: Tensor) -> Saved:
         held = tensor.detach()
         if self._refill is not None:
@@ -197,6 +216,11 @@ class Engine:
         """loss.backward(): a gradient of ones, then the graph."""
         assert loss.node is not None, "no parameter wants a gradient"
         run_backward(self, loss.node, self.new(loss.shape, loss.dtype, "ones_like"))
+
+    def backward_with(self, output: Tensor, grad: Tensor) -> None:
+        """output.backward(grad)."""
+        assert output.node is not None, "no parameter wants a gradient"
+        run_backward(self, output.node, grad)
 
     def fit_gradient(self, grad: Tensor, shape: Shape, dtype: DType) -> Tensor:
         """engine.cpp, validate_outputs: reduce a broadcast gradient, cast to the input's dtype."""

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from planner.dtypes import DType
 from planner.errors import InputError, Problem, UnsupportedError
 from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading, rounded
 from planner.memory.ops import Engine
 from planner.memory.optimizer import Optimizer, find_optimizer
-from planner.memory.step import Batch, Forward, StepWork, inputs, run_step, stock_loss
+from planner.memory.step import (
+    Batch,
+    Forward,
+    StepWork,
+    inputs,
+    run_micro_batches,
+    run_optimizer,
+    run_step,
+    stock_loss,
+)
 from planner.memory.storage import Instant, Recorder
+from planner.memory.stretch import RUN_LAYERS, MarkedRecorder, NotAlikeError, stretch
 from planner.memory.tensor import Tensor
 from planner.models.lora import target_modules
 from planner.models.registry import Model
 from planner.spec import RunSpec
 
+_DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_TOWERS = ("model.vision_tower.", "model.visual.")  # their layers are all run
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
@@ -73,7 +87,8 @@ def load(spec: RunSpec, model: Model) -> Loaded:
 
 
 def run(spec: RunSpec, model: Model, recorder: Recorder | None = None) -> Program:
-    """Run one optimizer step of `spec` on shadow tensors."""
+    """Run one optimizer step of `spec` on shadow tensors. With a recorder of the caller's, every
+    layer is run; else a few, and their events stretched to all."""
     with paused_collector():
         return _run(spec, model, recorder)
 
@@ -92,12 +107,82 @@ def paused_collector() -> Iterator[None]:
 
 
 def _run(spec: RunSpec, model: Model, recorder: Recorder | None) -> Program:
-    loaded = load(spec, model)
     optimizer = find_optimizer(spec.optimizer)
+    if recorder is None and may_stretch(model):
+        try:
+            return _run_few(spec, model, optimizer)
+        except NotAlikeError:
+            pass
+    loaded = load(spec, model)
     engine = Engine(recorder)
-    forward = forward_of(model)
     batch = make_batch(engine.recorder, spec, model)
-    work = run_step(engine, loaded, forward, batch, optimizer)
+    work = run_step(engine, loaded, forward_of(model), batch, optimizer)
+    return _program(loaded, optimizer, engine.recorder, work)
+
+
+def may_stretch(model: Model) -> bool:
+    """Whether running a few of the decoder layers tells of all."""
+    text = model.text
+    return text.num_hidden_layers > RUN_LAYERS and len(set(text.layer_types)) == 1
+
+
+def _run_few(spec: RunSpec, model: Model, optimizer: Optimizer) -> Program:
+    """Run RUN_LAYERS decoder layers and stretch them to all; the optimizer's part on all."""
+    layers = model.text.num_hidden_layers
+    loaded = load(spec, model)
+    loaded.decoder_layers = RUN_LAYERS
+    few = MarkedRecorder()
+    engine = Engine(few)
+    few.work = lambda: engine.work.counters()
+    batch = make_batch(few, spec, model)
+    work = run_micro_batches(engine, loaded, forward_of(model), batch)
+    few.enter("end")
+    graded = [leaf for leaf in loaded.leaves.values() if leaf.grad is not None]
+    dtypes = {leaf.name: leaf.grad.dtype for leaf in graded}
+    for leaf in graded:
+        leaf.grad = None
+    del batch
+    work.add(few.layer_work(), layers - RUN_LAYERS)
+    recorder, tail = stretch(few, layers)
+    loaded.decoder_layers = None
+    loaded.leaves = all_layers(loaded.leaves, dtypes, layers)
+    last = run_optimizer(Engine(recorder), loaded, optimizer)
+    recorder.events += tail
+    return _program(loaded, optimizer, recorder, StepWork(work, last))
+
+
+def all_layers(leaves: dict[str, Tensor], graded: dict[str, DType], layers: int) -> dict[str, Tensor]:
+    """The leaves of every decoder layer, from those of RUN_LAYERS, in the order they are met. A
+    gradient is a dtype here: its bytes are in the recorder."""
+    found: dict[str, Tensor] = {}
+    groups: dict[int, list[Tensor]] = {}
+
+    def take(leaf: Tensor, name: str) -> None:
+        copy = Tensor(None, leaf.shape, leaf.dtype, leaf.requires_grad, name=name)
+        if leaf.name in graded:
+            copy.grad = Tensor(None, leaf.shape, graded[leaf.name])
+        found[name] = copy
+
+    for leaf in leaves.values():
+        match = _DECODER_LAYER.search(leaf.name)
+        if match is None or leaf.name.startswith(_TOWERS):
+            take(leaf, leaf.name)
+            continue
+        index = int(match.group(1))
+        groups.setdefault(index, []).append(leaf)
+        if index == RUN_LAYERS - 1 and len(groups[index]) == 1:
+            for whole in range(2, layers - 1):
+                for twin in groups[2]:
+                    take(twin, twin.name.replace("layers.2.", f"layers.{whole}.", 1))
+        if index != 2:
+            whole = index if index < 2 else layers - 1
+            take(leaf, leaf.name.replace(f"layers.{index}.", f"layers.{whole}.", 1))
+    return found
+
+
+def _program(
+    loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: StepWork
+) -> Program:
     graded = [leaf for leaf in loaded.leaves.values() if leaf.grad is not None]
     if not graded:
         raise InputError(Problem("lora.target_modules", "no trainable parameter gets a gradient"))
@@ -105,7 +190,7 @@ def _run(spec: RunSpec, model: Model, recorder: Recorder | None) -> Program:
     count = sum(_size(leaf) for leaf in graded)
     for leaf in graded:
         leaf.grad = None
-    return Program(loaded, Loading(loaded), states, engine.recorder, work, count)
+    return Program(loaded, Loading(loaded), states, recorder, work, count)
 
 
 def evaluation_peak(spec: RunSpec, model: Model) -> int:

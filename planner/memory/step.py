@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from planner.dtypes import DType
@@ -50,6 +51,12 @@ def run_step(
 
     With accumulation a second micro batch is run: it meets the gradients of the first.
     """
+    micro_batch = run_micro_batches(engine, loaded, forward, batch)
+    return StepWork(micro_batch, run_optimizer(engine, loaded, optimizer))
+
+
+def run_micro_batches(engine: Engine, loaded: Loaded, forward: Forward, batch: Batch) -> Work:
+    """Forward, loss and backward; returns the work of the last micro batch."""
     recorder = engine.recorder
     for _ in range(min(loaded.spec.gradient_accumulation_steps, 2)):
         engine.work = Work()
@@ -57,15 +64,22 @@ def run_step(
         loss = stock_loss(engine, loaded, forward, batch)
         recorder.enter("backward")
         engine.backward(loss)
+        recorder.mark(("graph", -1))
         recorder.module = ""
         del loss
-    micro_batch, engine.work = engine.work, Work()
+    return engine.work
+
+
+def run_optimizer(engine: Engine, loaded: Loaded, optimizer: Optimizer) -> Work:
+    """Clipping and the optimizer's step; returns their work."""
+    recorder = engine.recorder
+    engine.work = Work()
     recorder.enter("clipping")
     clip(engine, loaded)
     recorder.enter("optimizer step")
     optimizer.step(engine, [leaf for leaf in loaded.leaves.values() if leaf.grad is not None])
     recorder.enter("end")
-    return StepWork(micro_batch, engine.work)
+    return engine.work
 
 
 def stock_loss(engine: Engine, loaded: Loaded, forward: Forward, batch: Batch) -> Tensor:
@@ -99,7 +113,7 @@ def clip(engine: Engine, loaded: Loaded) -> None:
         norms = [engine.new((), leaf.grad.dtype, "norm") for leaf in grads]
         stacked = engine.new((len(norms),), F32, "stack")
         total = engine.new((), F32, "norm")
-    size: Any = sum(leaf.grad.storage.block.nbytes for leaf in grads)
+    size: Any = sum(prod(leaf.shape) * leaf.grad.dtype.itemsize for leaf in grads)
     engine.count(3 * size, 4)
     del norms, stacked, total
 

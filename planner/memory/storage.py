@@ -114,6 +114,16 @@ class Recorder:
         self._peak = self.live_bytes
         self._peak_event = len(self.events)
 
+    def resume(self, blocks: list[Block], events: list[int], instants: list[Instant]) -> None:
+        """Go on from a recorded stream; its last instant stays open."""
+        self.blocks, self.events = blocks, events
+        *self.instants, last = instants
+        self._instant, self._peak = last.name, last.peak_bytes
+        self._peak_event, self._start = last.event, last.start
+        self.live_bytes = sum(
+            blocks[i].nbytes if i >= 0 else -blocks[~i].nbytes for i in events
+        )
+
     def mark(self, label: tuple[str, int]) -> None:
         """Called where a decoder layer's forward or backward starts; used by planner.memory.many."""
 

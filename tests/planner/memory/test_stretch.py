@@ -1,0 +1,53 @@
+"""Four layers stretched to all equal all layers run: events, peaks, states, work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from planner.memory.program import run
+from planner.memory.requirement import reserve
+from planner.memory.storage import Recorder
+from planner.models.registry import load_model
+from planner.spec import spec_from_mapping
+from planner.units import MIB
+
+LLAVA = "llava-hf/llava-1.5-7b-hf"
+SPECS: list[dict[str, Any]] = [
+    {},
+    {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "optimizer": "adamw_torch"},
+    {"lora": {"target_modules": ["lm_head"]}},
+    {"method": "full", "quantization": "none"},
+    {"quantization": "int8"},
+    {"model": LLAVA, "images_per_sample": 1, "sequence_length": 1024},
+    {"model": "Qwen/Qwen2.5-0.5B", "method": "full", "quantization": "none",
+     "optimizer": "adafactor"},
+]  # fmt: skip
+# The key-value cache and a custom function's attributes are freed in one sweep, in another order.
+SWEPT = (SPECS[4], SPECS[5])
+
+
+@pytest.mark.parametrize("values", SPECS, ids=str)
+def test_stretched_step_equals_whole_step(values: dict[str, Any]) -> None:
+    spec = spec_from_mapping({"model": "facebook/chameleon-7b", **values})
+    model = load_model(spec.model)
+    whole, stretched = run(spec, model, Recorder()), run(spec, model)
+    assert len(stretched.recorder.events) == len(whole.recorder.events)
+    if values not in SWEPT:
+        assert stretched.recorder.events == whole.recorder.events
+    assert _blocks(stretched.recorder) == _blocks(whole.recorder)
+    assert _peaks(stretched.recorder) == _peaks(whole.recorder)
+    assert stretched.states == whole.states
+    assert stretched.work.micro_batch.counters() == pytest.approx(
+        whole.work.micro_batch.counters(), rel=1e-9
+    )
+    assert reserve(stretched, 32 * MIB, False) == reserve(whole, 32 * MIB, False)
+
+
+def _blocks(recorder: Recorder) -> list[tuple[str, str, int]]:
+    return sorted((block.module, block.op, block.nbytes) for block in recorder.blocks)
+
+
+def _peaks(recorder: Recorder) -> list[tuple[str, int, int]]:
+    return [(instant.name, instant.peak_bytes, instant.start) for instant in recorder.instants]
