@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.errors import InputError, Problem
 
@@ -20,8 +19,7 @@ SHIPPED = Path(__file__).with_name("data") / "calibration.json"
 WIDENING = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     """How much of the datasheet a training step reaches, and the host's pace.
 
     matmul_share, bandwidth_share: of the peak rates; launch_s: host time a kernel. spread:
@@ -36,8 +34,7 @@ class Rates:
     launch_spread: float
 
 
-@dataclass(frozen=True, slots=True)
-class Band:
+class Band(NamedTuple):
     """Truth over prediction, less one: the lowest and highest seen on bisected records."""
 
     low: float
@@ -45,8 +42,7 @@ class Band:
     records: int
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(NamedTuple):
     """One device's records, learnt."""
 
     device: str
@@ -57,7 +53,8 @@ class Calibration:
     records: int
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        bands = {key: band._asdict() for key, band in self.bands.items()}
+        return {**self._asdict(), "rates": self.rates._asdict(), "bands": bands}
 
 
 def band_key(stack: str, gradient_checkpointing: bool) -> str:

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """A verb of `vramwise`. `target` is "module:function", called with the remaining arguments
     (a list of str) and returning the exit code."""
 
@@ -29,7 +28,9 @@ COMMANDS = (
     Command("ladder", "one lever a row: what each change saves", "planner.verbs.ladder:run"),
     Command("calibrate", "learn this card from your own records", "planner.verbs.calibrate:run"),
     Command("probe", "measure (or --dry: trace) a real step", "probes.cli:run", "train"),
-    Command("records", "list, filter and export measured records", "probes.records_cli:run", "train"),
+    Command(
+        "records", "list, filter and export measured records", "probes.records_cli:run", "train"
+    ),
     Command("train", "run the fine-tune that was planned", "recipes.cli:run", "train"),
     Command("demo", "a tiny Chameleon, trained and judged offline", "recipes.demo:run", "train"),
 )

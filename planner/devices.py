@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from planner.errors import InputError, Problem, nearest_name
 from planner.units import GIB
@@ -22,8 +21,7 @@ UNREAD, BOUND, RATIO = "unread", "bound", "chip ratio to fp32"
 _DATA = Path(__file__).with_name("data") / "devices.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(NamedTuple):
     """One GPU. Sizes in bytes, rates in bytes/s and FLOP/s (dense, a multiply-add is two).
 
     total_bytes: what the CUDA runtime, hence torch, reports (less than the marketed size);
@@ -169,12 +167,12 @@ def identify(name: str, total_bytes: int, compute_capability: tuple[int, ...]) -
     fitting = [d for d in known if abs(d.marketed_bytes - total_bytes) < 0.12 * d.marketed_bytes]
     if fitting:
         match = min(fitting, key=lambda d: abs(d.marketed_bytes - total_bytes))
-        return replace(match, total_bytes=total_bytes, total_source="NVML")
+        return match._replace(total_bytes=total_bytes, total_source="NVML")
     major, minor = (*compute_capability, 0, 0)[:2]
     like = [d for d in all_devices() if d.compute_capability == (major, minor)]
     slowest = min(like or all_devices(), key=lambda d: d.fp16_flops_per_s)
-    return replace(
-        slowest, id=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), name=name, aliases=(),
+    return slowest._replace(
+        id=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), name=name, aliases=(),
         compute_capability=(major, minor), marketed_bytes=total_bytes, total_bytes=total_bytes,
         total_source="NVML", sources=dict.fromkeys(slowest.sources, UNREAD), verified=False,
         note=f"not in the data: rates of {slowest.name}, the slowest known of its kind",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class VramwiseError(Exception):
@@ -13,8 +13,7 @@ class VramwiseError(Exception):
     exit_code = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing wrong with the input.
 
     field: dotted path of the field ("lora.rank"); received: the value as given;

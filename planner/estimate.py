@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
 
 from planner.devices import Device, find_device, local_device
 from planner.errors import InputError, Problem
@@ -26,8 +26,7 @@ Basis = Literal["measured", "calibrated", "traced", "analytic"]
 MOST_TOKENS = 1 << 31  # of one forward: beyond any machine, and where 32-bit indices end
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(NamedTuple):
     """Counts of elements. `total` is the base model, adapters apart."""
 
     total: int
@@ -35,8 +34,7 @@ class Parameters:
     by_component: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What `vramwise fit` answers. All sizes in bytes, all times in seconds.
 
     resident_bytes: allocated after loading and adapter set-up, before the first step;
@@ -79,9 +77,9 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping, spec included."""
-        values = {name: getattr(self, name) for name in self.__slots__ if name != "spec"}
-        values["parameters"] = asdict(self.parameters)
-        values["time"] = asdict(self.time)
+        values = {name: getattr(self, name) for name in self._fields if name != "spec"}
+        values["parameters"] = self.parameters._asdict()
+        values["time"] = self.time._asdict()
         values["terms"] = [asdict(term) for term in self.terms]
         values["spec"] = self.spec.model_dump(mode="json")
         return values
@@ -96,8 +94,7 @@ def estimate(spec: RunSpec) -> Estimate:
     return assemble(spec, model, device, program)
 
 
-@dataclass(frozen=True, slots=True)
-class Requirement:
+class Requirement(NamedTuple):
     """What a program needs of torch's allocator on a kind of card. All in bytes.
 
     workspace_bytes: one cuBLAS handle's; required_bytes: the smallest cap for the whole run.
@@ -113,8 +110,7 @@ class Requirement:
     interval: Interval
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(NamedTuple):
     """A requirement held against one card: bytes, verdict and time of an optimizer step."""
 
     outside: NonTorch
@@ -240,8 +236,13 @@ def trainable_parameters(program: Program) -> int:
 
 
 def host_bytes(program: Program) -> int:
-    """Host memory for loading: one shard at a time is mapped, about 5 GB of a checkpoint."""
-    return min(program.loaded.tree.total_parameters * 2, 5 * 10**9)
+    """Host memory for loading."""
+    return host_bytes_of(program.loaded.tree.total_parameters)
+
+
+def host_bytes_of(total_parameters: int) -> int:
+    """One shard at a time is mapped, about 5 GB of a checkpoint."""
+    return min(total_parameters * 2, 5 * 10**9)
 
 
 def device_of(spec: RunSpec) -> Device:

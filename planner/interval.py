@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from planner.calibration import WIDENING, Band, band_key, calibration_of
 from planner.models.registry import Model
@@ -12,8 +11,7 @@ from planner.spec import RunSpec
 Basis = Literal["measured", "calibrated", "traced", "analytic"]
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """[low, high] in bytes, where it comes from, and what to tell the user about it."""
 
     low_bytes: Any

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from planner.devices import Device, find_device
 from planner.spec import RunSpec
@@ -21,8 +20,7 @@ from planner.units import GIB, MIB
 _DATA = Path(__file__).with_name("data") / "non_torch.toml"
 
 
-@dataclass(frozen=True, slots=True)
-class NonTorch:
+class NonTorch(NamedTuple):
     """Bytes outside the allocator after the first optimizer step.
 
     bytes: what to plan with, in [low_bytes, high_bytes]; status "measured" only for a record of

@@ -10,8 +10,9 @@ import json
 import sys
 import tomllib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -48,13 +49,15 @@ def _as_names(value: object) -> object:
     return value
 
 
-class _Frozen(BaseModel):
+class Section(BaseModel):
+    """A strict, frozen part of the spec: unknown keys are refused."""
+
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
 
 
-class Lora(_Frozen):
+class Lora(Section):
     """The adapter, in peft's words. `target_modules` match by suffix, as peft does."""
 
     rank: Annotated[int, Field(ge=1, le=65536)] = 16
@@ -66,7 +69,7 @@ class Lora(_Frozen):
     ] = "all-linear"
 
 
-class Versions(_Frozen):
+class Versions(Section):
     """Library versions whose behaviour moves memory. Defaults: those of the first measured rows."""
 
     torch: str = "2.11.0"
@@ -76,7 +79,7 @@ class Versions(_Frozen):
     bitsandbytes: str = "0.50.2"
 
 
-class Schedule(_Frozen):
+class Schedule(Section):
     """How long the run is: what turns seconds a step into hours, cost and checkpoint disk."""
 
     samples: Count | None = None
@@ -90,53 +93,26 @@ class Schedule(_Frozen):
     seed: Annotated[int, Field(ge=0)] = 42
 
 
-class Data(_Frozen):
-    """What `vramwise train` reads. `source`: a local parquet, CSV or JSON file, a folder of them,
-    or a dataset of the Hub; `tokenizer`: a folder or Hub name, the model's own by default. The
-    planner ignores all of it: it answers for full-length samples."""
+def _section(name: str, value: object) -> object:
+    """A section that only `vramwise train` reads, validated by its own model when it is given."""
+    if value is None:
+        return None
+    from planner import spec_training
 
-    source: Annotated[str, Field(min_length=1)]
-    format: Literal["auto", "alpaca", "images"] = "auto"
-    tokenizer: str | None = None
-    instruction: str = "Instrucción: {instruction}. Entrada: {input}"
-    instruction_alone: str = "Instrucción: {instruction}."
-    train_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    shuffle: bool = True
-    labels: Literal["answer", "all"] = "answer"
-    padding: Literal["longest", "max_length"] = "longest"
-    group_by_length: bool = True
+    model: type[BaseModel] = getattr(spec_training, name)
+    return value if isinstance(value, model) else model.model_validate(value)
 
 
-class Evaluation(_Frozen):
-    """Four-choice questions asked before and after. `choose`: by the letters' log-probabilities,
-    or the seed's way, one token generated from `beams` beams."""
-
-    source: Annotated[str, Field(min_length=1)]
-    format: Literal["auto", "mmmlu", "global_mmlu", "mmlu", "images"] = "auto"
-    questions: Count = 100
-    sample: Literal["stratified", "first"] = "stratified"
-    choose: Literal["options", "generate"] = "options"
-    beams: Annotated[int, Field(ge=1, le=64)] = 5
-    language: Literal["es", "en"] = "es"
+if TYPE_CHECKING:
+    from planner.spec_training import Data, Evaluation, Pruning, Vocabulary
+else:  # built on use: they would double the time this module takes to load
+    Data, Evaluation, Pruning, Vocabulary = (
+        Annotated[Any, BeforeValidator(partial(_section, name))]
+        for name in ("Data", "Evaluation", "Pruning", "Vocabulary")
+    )
 
 
-class Vocabulary(_Frozen):
-    """New tokens for `vramwise train`, chosen from its data: how many, and whether their rows are
-    trained alone or beside the adapters."""
-
-    tokens: Count = 1000
-    train: Literal["rows", "with_adapters"] = "with_adapters"
-
-
-class Pruning(_Frozen):
-    """What `vramwise train` removes before it trains. "magnitude" zeroes the smallest weights and
-    saves no memory; "mlp_channels" takes whole channels out of every MLP."""
-
-    kind: Literal["magnitude", "mlp_channels"] = "mlp_channels"
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-
-
-class RunSpec(_Frozen):
+class RunSpec(Section):
     """One fine-tune, and the card it should run on.
 
     Sizes are per device: `micro_batch_size` samples of `sequence_length` tokens, image tokens
@@ -215,7 +191,7 @@ def _problems(error: ValidationError) -> list[Problem]:
     problems: dict[str, Problem] = {}
     for entry in error.errors(include_url=False):
         path = [str(part) for part in entry["loc"]]
-        field = ".".join(part for part in path if part in _FIELD_NAMES or part.isdigit())
+        field = ".".join(part for part in path if _is_field(part))
         if entry["type"] == "extra_forbidden":
             known = _fields_at(path[:-1])
             field = ".".join(path)
@@ -239,16 +215,18 @@ def _problems(error: ValidationError) -> list[Problem]:
 
 
 def _fields_at(path: list[str]) -> list[str]:
-    nested: dict[str, type[BaseModel]] = {
-        "lora": Lora, "versions": Versions, "schedule": Schedule, "data": Data,
-        "evaluation": Evaluation, "vocabulary": Vocabulary, "pruning": Pruning,
-    }  # fmt: skip
-    model = nested[path[0]] if path and path[0] in nested else RunSpec
-    return list(model.model_fields)
+    name = path[0] if path else ""
+    if name in _TRAINING_SECTIONS:
+        from planner import spec_training
+
+        return list(getattr(spec_training, name.capitalize()).model_fields)
+    nested: dict[str, type[BaseModel]] = {"lora": Lora, "versions": Versions, "schedule": Schedule}
+    return list(nested.get(name, RunSpec).model_fields)
 
 
-_FIELD_NAMES = {
-    name
-    for model in (RunSpec, Lora, Versions, Schedule, Data, Evaluation, Vocabulary, Pruning)
-    for name in model.model_fields
-}
+_TRAINING_SECTIONS = ("data", "evaluation", "vocabulary", "pruning")
+
+
+def _is_field(part: str) -> bool:
+    """Not pydantic's own words for the branch of a union ("function-before[...]")."""
+    return part.isidentifier() or part.isdigit()

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from planner.dtypes import DType
 from planner.memory.loaded import Loaded
@@ -27,8 +27,7 @@ NESTED_BLOCK = 256
 NESTED_CODE_BYTES = 1024  # 256 fp32 values of the dynamic map
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
+class Resident(NamedTuple):
     """One tensor that stays: its bytes rounded to blocks, whose it is, what, and its event id."""
 
     nbytes: int

@@ -8,9 +8,8 @@ bitsandbytes/optim/optimizer.py (8-bit states above 4,096 elements with an fp32 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.dtypes import DType
 from planner.errors import UnsupportedError
@@ -27,8 +26,7 @@ _TORCH = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0, "adagrad": 1, "rms
 _BITSANDBYTES = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """One state tensor of one parameter. `paged`: managed memory, invisible to the allocator."""
 
     shape: tuple[Any, ...]
@@ -36,8 +34,7 @@ class State:
     paged: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Optimizer:
+class Optimizer(NamedTuple):
     """A named optimizer: its states, and what its step makes for a moment."""
 
     name: str

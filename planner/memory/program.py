@@ -6,9 +6,8 @@ import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.dtypes import DType
 from planner.errors import InputError, Problem, UnsupportedError
@@ -36,8 +35,7 @@ from planner.spec import RunSpec
 _DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
 _TOWERS = ("model.vision_tower.", "model.visual.")  # their layers are all run
 
-@dataclass(frozen=True, slots=True)
-class StateBytes:
+class StateBytes(NamedTuple):
     """Optimizer states: on the device through the allocator, and paged (managed memory)."""
 
     device_bytes: int
@@ -45,8 +43,7 @@ class StateBytes:
     tensors: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
+class Program(NamedTuple):
     """The result of a run: static tensors, optimizer states, the recorded step, its work."""
 
     loaded: Loaded

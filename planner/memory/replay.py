@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from planner.memory.allocator import (
     LARGE_BUFFER_BYTES,
@@ -14,8 +14,7 @@ from planner.memory.allocator import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
+class Replay(NamedTuple):
     """What the allocator says after a stream. `ok` is False when the cap was too small."""
 
     ok: bool

@@ -8,7 +8,7 @@ split off, so what torch reports as allocated comes from here too.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BUFFER_BYTES
 from planner.memory.pools import CAPPED, RELEASE, RESET, Part, replay_parts
@@ -21,8 +21,7 @@ STEPS_TO_SETTLE = 3  # under a cap the layout of a third step still differs from
 RESOLUTION = 400  # the smallest cap is sought to a part in so many
 
 
-@dataclass(frozen=True, slots=True)
-class Reserve:
+class Reserve(NamedTuple):
     """Bytes as torch's counters would say them, loading apart in the peaks.
 
     required_bytes: the smallest cap under which the steps complete.

@@ -8,9 +8,8 @@ second one: optimizer states exist, gradients are None at its start.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.dtypes import DType
 from planner.memory.loaded import COMPUTE, Loaded
@@ -22,8 +21,7 @@ from planner.memory.tensor import Tensor
 INT64 = DType.INT64
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """The inputs of one forward. Images: `pixels` as the family's processor makes them."""
 
     ids: Tensor
@@ -36,8 +34,7 @@ class Batch:
 Forward = Callable[[Engine, Loaded, Batch], tuple[Any, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class StepWork:
+class StepWork(NamedTuple):
     """Work of one micro batch (forward and backward), and of the clipping and optimizer."""
 
     micro_batch: Work

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.dtypes import DType
 
@@ -59,8 +58,7 @@ class Storage:
         recorder.events.append(~self.index)
 
 
-@dataclass(frozen=True, slots=True)
-class Instant:
+class Instant(NamedTuple):
     """A named stretch of the step: the most bytes live at once in it, the event where, and the
     event at which it starts."""
 

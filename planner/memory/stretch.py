@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from planner.memory.storage import Block, Instant, Recorder
 
@@ -21,8 +22,7 @@ RUN_LAYERS = 4
 Snapshot = tuple[float, ...]  # of the work's counters
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
+class _Cut(NamedTuple):
     """Where a segment starts: of a layer ("forward", 2), of an instant, or neither."""
 
     label: str

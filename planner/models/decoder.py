@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from planner.models.reading import Reader
 from planner.models.tree import Component, Kind, Module
@@ -81,8 +81,7 @@ class DecoderGeometry:
         return self.num_key_value_heads * self.head_dim
 
 
-@dataclass(frozen=True, slots=True)
-class Defaults:
+class Defaults(NamedTuple):
     """What transformers takes for a key that config.json leaves out.
 
     `required` sizes have a default too, used only for a decoder nested in a larger config, where

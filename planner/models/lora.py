@@ -6,8 +6,8 @@ Source: peft 0.21 (tuners/tuners_utils.py `check_target_module_exists`,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from planner.errors import InputError, Problem, nearest_name
 from planner.models.tree import ModelTree, Module
@@ -16,8 +16,7 @@ from planner.spec import Lora
 ALL_LINEAR = "all-linear"
 
 
-@dataclass(frozen=True, slots=True)
-class LoraModule:
+class LoraModule(NamedTuple):
     """One adapted module. a_shape, b_shape: peft's lora_A and lora_B (for an embedding
     lora_embedding_A and _B, for a convolution the kernel of each)."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["linear", "embedding", "norm", "conv", "other"]
 Component = Literal[
@@ -16,8 +16,7 @@ Component = Literal[
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """A leaf module that owns parameters.
 
     path: its name in `model.named_modules()` of the transformers class that trains it

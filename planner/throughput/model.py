@@ -8,8 +8,7 @@ device where there are any, else carried over with a wider interval.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.calibration import WIDENING, Rates, calibration_of
 from planner.devices import Device
@@ -17,8 +16,7 @@ from planner.memory.step import StepWork
 from planner.spec import RunSpec
 
 
-@dataclass(frozen=True, slots=True)
-class StepTime:
+class StepTime(NamedTuple):
     """Seconds of one optimizer step: by arithmetic, by bytes, by launches, and together.
 
     spread: relative half-width of the interval.
@@ -32,8 +30,7 @@ class StepTime:
     spread: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """What a step asks of a card, in seconds at the datasheet's rates, and its launches."""
 
     arithmetic_s: Any

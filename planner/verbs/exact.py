@@ -2,80 +2,57 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
-from planner.errors import MissingExtraError
-from planner.estimate import Estimate, device_of, estimate
-from planner.interval import requirement_interval
-from planner.memory.terms import Term
-from planner.models.registry import load_model
+from planner.devices import Device
+from planner.errors import MissingExtraError, UnsupportedError
+from planner.estimate import Estimate, check, device_of
+from planner.estimate import notes as planner_notes
+from planner.interval import Interval
+from planner.memory.program import run
+from planner.models.registry import Model, load_model
+from planner.non_torch import non_torch
 from planner.spec import RunSpec
-from planner.verdict import verdict
-
-_SOURCE = "traced: transformers' own modelling code on the meta device"
+from planner.traced import Traced, traced_estimate
 
 
 def exact_estimate(spec: RunSpec) -> Estimate:
-    """`estimate(spec)` with its memory traced instead of modelled; the time stays the model's.
+    """The answer with its memory traced instead of modelled, for any model of transformers.
 
-    Raises MissingExtraError without torch, UnsupportedError for a family without a step program
-    (`vramwise probe --dry` traces any model).
+    The time is the planner's model of the step's work: of its own program where it knows the
+    family, else of the traced operations. Raises MissingExtraError without torch, InputError for a
+    model that cannot be built.
     """
-    modelled = estimate(spec)
-    traced = _trace(spec)
-    required = int(traced["allocator_required_bytes"])
-    band = requirement_interval(spec, load_model(spec.model), required)
-    outside_low = (
-        modelled.device_required_interval_bytes[0] - (modelled.allocator_required_interval_bytes[0])
-    )
-    outside_high = (
-        modelled.device_required_interval_bytes[1] - (modelled.allocator_required_interval_bytes[1])
-    )
-    low, high = band.low_bytes + outside_low, band.high_bytes + outside_high
-    total = modelled.device_total_bytes
-    names = ("resident_bytes", "load_peak_bytes", "peak_allocated_bytes", "peak_instant",
-             "eval_peak_bytes", "allocator_required_bytes")  # fmt: skip
-    return replace(
-        modelled,
-        **{name: traced[name] for name in names},
-        verdict=verdict(low, high, total),
-        allocator_required_interval_bytes=(band.low_bytes, band.high_bytes),
-        device_required_bytes=required + modelled.non_torch_bytes,
-        device_required_interval_bytes=(low, high),
-        headroom_bytes=total - high,
-        peak_reserved_bytes=traced["reserved_bytes"],
-        terms=_terms(traced, traced["peak_allocated_bytes"]),
-        basis="traced",
-    )
+    device = device_of(spec)
+    model = _known(spec)
+    if model is not None:
+        check(spec, model)
+    traced = _trace(spec, device)
+    if model is None:
+        return traced_estimate(spec, device, spec.model, traced)
+    with suppress(UnsupportedError):  # a step that is not modelled: the traced work stands
+        traced = replace(traced, work=run(spec, model).work)
+    answer = traced_estimate(spec, device, model.id, traced)
+    outside = non_torch(device, spec, traced.paged_bytes)
+    told = planner_notes(spec, model, device, outside, Interval(0, 0, "traced"))
+    return answer._replace(notes=(*answer.notes, *told))
 
 
-def _trace(spec: RunSpec) -> dict[str, Any]:
-    """Traced for the spec's own card, whose kernels and workspaces differ from another's."""
+def _known(spec: RunSpec) -> Model | None:
+    """The planner's model, or None for a family that only transformers knows."""
     try:
-        from probes.dry.exact import answer
-        from probes.dry.target import Target
-        from probes.dry.trace import trace
+        return load_model(spec.model)
+    except UnsupportedError:
+        return None
+
+
+def _trace(spec: RunSpec, device: Device) -> Traced:
+    try:
+        from probes.dry.exact import traced_run
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("planner", "probes", "recipes"):
             raise
         raise MissingExtraError("fit --exact", "train", missing) from None
-    device = device_of(spec)
-    card = Target(*device.compute_capability, device.sm_count)
-    return answer(trace(spec, target=card))
-
-
-def _terms(traced: dict[str, Any], peak_bytes: int) -> tuple[Term, ...]:
-    """The trace's live rows as terms; what the allocator does not split off makes up the sum."""
-    instant = str(traced["peak_instant"])
-    terms = [
-        Term(f"{row['module']}: {row['operation']}", row["category"], row["bytes"], instant,
-             f"{row['bytes']} B traced", _SOURCE)
-        for row in traced["live"]
-    ]  # fmt: skip
-    rest = peak_bytes - sum(term.bytes for term in terms)
-    if rest:
-        terms.append(Term("block remainders", "temporaries", rest, instant,
-                          "allocated less live bytes", _SOURCE))  # fmt: skip
-    return tuple(terms)
+    return traced_run(spec, device)

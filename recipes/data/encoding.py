@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from planner.errors import InputError, Problem
-from planner.spec import Data
+from planner.spec_training import Data
 from recipes.data.schemas import Sample
 from recipes.evaluation.questions import Question, Wording, prompt_of
 from recipes.synthetic import image_tokens

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from planner.errors import InputError
-from planner.spec import Data
+from planner.spec_training import Data
 from recipes.checks import check_samples
 from recipes.data.batches import Batches
 from recipes.data.encoding import Encoded, Encoder

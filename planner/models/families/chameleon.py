@@ -4,8 +4,8 @@ tokenizer that turns each image into 1,024 tokens of the same vocabulary."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from planner.dtypes import DType
 from planner.memory import vision
@@ -42,8 +42,7 @@ _VQ: Component = "image_tokenizer"
 _QUANTIZER_FACTOR = 2  # each level but the last halves the resolution
 
 
-@dataclass(frozen=True, slots=True)
-class VqGeometry:
+class VqGeometry(NamedTuple):
     """The VQ tokenizer's encoder and codebook (there is no decoder in transformers' class).
 
     Channels at level i are base_channels x channel_multiplier[i]; `attn_resolutions` are the edges
@@ -75,8 +74,7 @@ class VqGeometry:
         return self.latent_edge**2
 
 
-@dataclass(frozen=True, slots=True)
-class ChameleonGeometry:
+class ChameleonGeometry(NamedTuple):
     text: DecoderGeometry
     vq: VqGeometry
 
