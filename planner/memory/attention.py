@@ -129,6 +129,10 @@ def flash_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Ten
         row_sums = t.new((heads, rounded), F32, "attention row sums (backward)")
         accumulator = t.new((heads, rounded, width), F32, "attention dq accumulator")
         del row_sums, accumulator
+        if source is not dtype:  # each piece's gradients are cast as they come
+            piece = (3, heads, length, dim)
+            rounded_grads = t.new(piece, dtype, "attention (backward)")
+            del rounded_grads
         grads: list[Tensor | None] = [
             t.new(shape, source, "attention (backward)") if need else None for need in needs
         ]

@@ -102,11 +102,13 @@ def matmul(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     dtype, item = x.dtype, x.dtype.itemsize
     flops = 2 * rows * in_features * out_features
     traffic = item * (rows * (in_features + out_features) + in_features * out_features)
-    t.count_matmul(flops, traffic, dtype)
-    out = t.new((*shape[:-1], out_features), dtype, "mm")
     need_x, need_w, need_b = (
         x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
     )  # fmt: skip
+    saved = (weight if need_x else None, x if need_w else None)
+    t.about_to_save(saved)
+    t.count_matmul(flops, traffic, dtype)
+    out = t.new((*shape[:-1], out_features), dtype, "mm")
 
     def backward(g: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_w = grad_b = None
@@ -117,12 +119,13 @@ def matmul(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         if need_w:
             t.count_matmul(flops, traffic, dtype)
             grad_w = t.new((out_features, in_features), dtype, "mm (weight gradient)")
+            grad_w.based = True  # transposed twice
         if need_x:
             t.count_matmul(flops, traffic, dtype)
             grad_x = t.new(shape, dtype, "mm (input gradient)")
+            grad_x.based = len(shape) > 2  # the view of rows
         return grad_x, grad_w, grad_b
 
-    saved = (weight if need_x else None, x if need_w else None)
     return t.record(out, (x, weight, bias), saved, backward)
 
 

@@ -23,6 +23,7 @@ from planner.memory.tensor import (
     Shape,
     StopRecomputation,
     Tensor,
+    finish_leaves,
     run_backward,
 )
 
@@ -66,6 +67,7 @@ class Engine:
         self._frame: Frame | None = None  # a checkpointed forward is running
         self._refill: tuple[Frame, list[int]] | None = None  # a recomputation is running
         self._refill_kept: list[Any] = []
+        self.leaves_waiting: list[Tensor] = []
         self.on_leaf_gradient: Callable[[Tensor], None] | None = None
 
     # -- allocation and graph ------------------------------------------------------------------
@@ -129,6 +131,9 @@ class Engine:
             ((t.node or t), t.shape, t.dtype) if t is not None and t.requires_grad else None
             for t in inputs
         )
+        for t in inputs:
+            if t is not None and t.requires_grad and t.node is None:
+                t.pending += 1
         self._seq += 1
         node = Node(self._seq, self.recorder.module, edges, slots, backward)
         node.kept = kept
@@ -215,12 +220,13 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """loss.backward(): a gradient of ones, then the graph."""
         assert loss.node is not None, "no parameter wants a gradient"
-        run_backward(self, loss.node, self.new(loss.shape, loss.dtype, "ones_like"))
+        self.backward_with(loss, self.new(loss.shape, loss.dtype, "ones_like"))
 
     def backward_with(self, output: Tensor, grad: Tensor) -> None:
         """output.backward(grad)."""
         assert output.node is not None, "no parameter wants a gradient"
         run_backward(self, output.node, grad)
+        finish_leaves(self)
 
     def fit_gradient(self, grad: Tensor, shape: Shape, dtype: DType) -> Tensor:
         """engine.cpp, validate_outputs: reduce a broadcast gradient, cast to the input's dtype."""
@@ -235,7 +241,25 @@ class Engine:
         return grad
 
     def accumulate_leaf(self, leaf: Tensor, grad: Tensor) -> None:
+        """The input buffer of a leaf's AccumulateGrad: it runs when every use has sent its part."""
+        leaf.pending -= 1
+        held = leaf.waiting
+        if held is None:
+            leaf.waiting = grad
+            self.leaves_waiting.append(leaf)
+        else:
+            self.count(3 * grad_bytes(grad))
+            if held.based:  # not in place: see tensor._accumulate
+                leaf.waiting = self.new(held.shape, held.dtype, "add (gradients)")
+        del held, grad
+        if leaf.pending <= 0:
+            self.take_leaf(leaf)
+
+    def take_leaf(self, leaf: Tensor) -> None:
         """AccumulateGrad: steal the first gradient, add the later ones in place."""
+        grad, leaf.waiting = leaf.waiting, None
+        self.leaves_waiting = [other for other in self.leaves_waiting if other is not leaf]
+        assert grad is not None
         if leaf.grad is None:
             if not grad.contiguous:  # accumulate_grad.h: a copy in the leaf's memory order
                 self.count(2 * grad_bytes(grad))

@@ -25,7 +25,10 @@ Backward = Callable[["Tensor"], Sequence["Tensor | None"]]
 class Tensor:
     """A tensor: a view of a storage. `node` made it; a leaf has none, and may require a gradient."""
 
-    __slots__ = ("contiguous", "dtype", "grad", "name", "node", "requires_grad", "shape", "storage")
+    __slots__ = (
+        "based", "contiguous", "dtype", "grad", "name", "node", "pending", "requires_grad", "shape",
+        "storage", "waiting",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -45,11 +48,16 @@ class Tensor:
         self.contiguous = contiguous
         self.name = name
         self.grad: Tensor | None = None
+        self.based = False  # a view, in torch's sense: its base is held through it
+        self.pending = 0  # of a leaf: uses whose gradient has not come yet
+        self.waiting: Tensor | None = None  # of a leaf: the sum of those that have
 
     def view(self, shape: Shape, contiguous: bool | None = None) -> Tensor:
         """The same storage in another shape, outside autograd."""
         layout = self.contiguous if contiguous is None else contiguous
-        return Tensor(self.storage, shape, self.dtype, contiguous=layout)
+        seen = Tensor(self.storage, shape, self.dtype, contiguous=layout)
+        seen.based = True
+        return seen
 
     def detach(self) -> Tensor:
         """The same storage without history."""
@@ -149,18 +157,22 @@ def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
     assert grad is not None
     for slot in node.saved:
         slot.get()  # unpacked at the start of a node's apply: a checkpointed region runs here
+        del slot
     results = list(node.apply(grad))
+    for position, edge in enumerate(node.edges):  # call_function: validate_outputs
+        result = results[position] if edge is not None else None
+        if edge is None or result is None:
+            continue
+        results[position] = engine.fit_gradient(result, edge[1], edge[2])
+        del result
     del grad
-    node.saved = ()
+    node.saved = ()  # release_variables
     for position, edge in enumerate(node.edges):
-        if edge is None:
+        result = results[position] if edge is not None else None
+        if edge is None or result is None:
             continue
-        target, shape, dtype = edge
-        result = results[position]
         results[position] = None
-        if result is None:
-            continue
-        result = engine.fit_gradient(result, shape, dtype)
+        target = edge[0]
         if isinstance(target, Node):
             _accumulate(engine, target, result)
             if not target.queued:
@@ -171,15 +183,20 @@ def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
         del result
 
 
+def finish_leaves(engine: Any) -> None:
+    """Hand over what leaves still wait with: a use whose graph was dropped gives no gradient."""
+    for leaf in list(engine.leaves_waiting):
+        leaf.pending = 0
+        engine.take_leaf(leaf)
+
+
 def _accumulate(engine: Any, node: Node, grad: Tensor) -> None:
-    """input_buffer.cpp, accumulate: in place into whichever gradient nobody else holds."""
+    """input_buffer.cpp, accumulate: in place where the gradient that came first is nobody else's
+    and no view (can_accumulate_inplace: a view's base holds the storage too)."""
     if node.buffer is None:
         node.buffer = grad
         return
     old = node.buffer
-    if sys.getrefcount(old.storage) <= 2 and sys.getrefcount(old) <= 3:
+    if not old.based and sys.getrefcount(old.storage) <= 2 and sys.getrefcount(old) <= 3:
         return  # old.add_(grad)
-    if sys.getrefcount(grad.storage) <= 2:
-        node.buffer = grad  # grad.add_(old)
-        return
     node.buffer = engine.new(old.shape, old.dtype, "add (gradients)")
