@@ -6,6 +6,7 @@ import json
 import sys
 
 from planner.arguments import Flag, parse_arguments
+from planner.errors import UnsupportedError
 from planner.estimate import Estimate, estimate
 from planner.spec import RunSpec
 
@@ -48,7 +49,13 @@ def _run_cost(answer: Estimate, price: float | None) -> dict[str, object] | None
 
 
 def _show_levers(answer: Estimate) -> None:
-    """After the verdict, which nobody should wait for: each lever is an answer of its own."""
+    """After the verdict, which nobody should wait for: each lever is an answer of its own, by the
+    planner's formulas, so a traced answer is not what they are compared with."""
+    if answer.basis == "traced":
+        try:
+            answer = estimate(answer.spec)
+        except UnsupportedError:  # a family that only the trace knows
+            return
     from planner.levers import cheapest
     from planner.report.terminal import show
     from planner.report.text import lever_lines

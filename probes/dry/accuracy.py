@@ -16,9 +16,11 @@ from statistics import mean, median
 
 from planner.devices import find_device
 from planner.errors import VramwiseError
-from planner.memory.replay import EMPTY_CACHE, replay, smallest_cap
+from planner.memory.allocator import ROUND_LARGE_BYTES
+from planner.memory.replay import replay
 from planner.models.registry import load_model
 from probes.dry.events import Trace, stream
+from probes.dry.exact import steps_required_bytes
 from probes.dry.target import target_of
 from probes.dry.trace import trace
 from probes.records import Capacity, Record
@@ -58,6 +60,7 @@ def compare(record: Record) -> Row:
     device = find_device(record.environment.device)
     traced = trace(record.spec, target=target_of(device))
     peak = traced.replayed_for(record.options.steps).peak_allocated_bytes
+    required = steps_required_bytes(traced, ROUND_LARGE_BYTES) if meters.capacity else 0
     load, evaluation = meters.phases.get("load"), meters.phases.get("evaluation")
     return Row(
         record.key, record.campaign, load_model(record.spec.model).model_type, record.spec.stack,
@@ -66,17 +69,9 @@ def compare(record: Record) -> Row:
         _residue(traced.base_load_peak_bytes, load.peak_allocated_bytes) if load else None,
         _residue(peak, meters.peak_allocated_bytes),
         _residue(traced.eval_peak_bytes, evaluation.peak_allocated_bytes) if evaluation else None,
-        _distance(required_bytes(traced), meters.capacity, peak) if meters.capacity else None,
+        _distance(required, meters.capacity, peak) if meters.capacity else None,
         meters.peak_allocated_bytes, peak, round(traced.seconds, 1),
         "; ".join(traced.unknown_operations), _by_phase(traced, record),
-    )  # fmt: skip
-
-
-def required_bytes(traced: Trace) -> int:
-    """The smallest cap as the probe bisects it: loaded, the cache emptied, then the steps."""
-    return smallest_cap(
-        traced.steps_stream(3), expandable_segments=traced.expandable,
-        before=[*stream(traced.load), EMPTY_CACHE],
     )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import prod
 from typing import Any
 from unittest import mock
 
@@ -43,7 +45,7 @@ def cuda_view(semantics: CudaSemantics) -> Iterator[None]:
         )
         stack.enter_context(patch(torch, "autocast", _autocast_class(semantics, torch.autocast)))
         stack.enter_context(_code(generic.maybe_autocast, _maybe_autocast))
-        stack.enter_context(patch(bnb_functional, "get_paged", _paged))
+        stack.enter_context(patch(bnb_functional, "get_paged", partial(_paged, semantics.recorder)))
         stack.enter_context(patch(bnb_functional, "fill", lambda *a, **k: None))
         stack.enter_context(patch(bnb_functional, "prefetch_tensor", lambda *a, **k: None))
         stack.enter_context(flash_view())
@@ -118,8 +120,11 @@ def _code(function: Any, replacement: Any) -> Iterator[None]:
         function.__code__ = before
 
 
-def _paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
+def _paged(
+    recorder: Any, *shape: int, dtype: torch.dtype = torch.float32, device: Any = None
+) -> torch.Tensor:
     """Managed memory: torch's allocator never sees it. One element stands for all."""
+    recorder.paged_bytes += prod(shape) * dtype.itemsize
     tensor = torch.zeros((), dtype=dtype).expand(shape)
     tensor.is_paged, tensor.page_deviceid = True, 0  # type: ignore[attr-defined]
     return tensor

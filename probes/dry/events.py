@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from planner.memory.ops import Work
 from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, Replay, replay
+from planner.memory.step import StepWork
 
 Category = Literal[
     "parameters", "gradients", "optimizer_states", "saved_activations", "logits", "temporaries",
@@ -73,6 +75,11 @@ class Trace:
     total_parameters: int = 0
     trainable_parameters: int = 0
     expandable: bool = False
+    model_type: str = ""
+    components: dict[str, str] = field(default_factory=dict)  # module path -> planner's component
+    parameters_by_component: dict[str, int] = field(default_factory=dict)
+    paged_bytes: int = 0  # of optimizer states in managed memory
+    work: StepWork = field(default_factory=lambda: StepWork(Work(), Work()))
     base_events: int = 0  # of `load`: from_pretrained's; preparation and adapters come after
 
     @property

@@ -16,6 +16,7 @@ from probes.dry import engine, standins, values
 from probes.dry.events import Category, Event, Phase
 from probes.dry.scope import Scope
 from probes.dry.target import Target
+from probes.dry.work import Counter
 
 ROUNDING_BYTES = 512  # kMinBlockSize of c10/cuda/CUDACachingAllocator.cpp
 LT_WORKSPACE_BYTES = 1 << 20  # measured on an H200, torch 2.11: a first addmm with a bias
@@ -42,6 +43,8 @@ class Recorder(TorchDispatchMode):
         self.category: Category | None = None
         self.unknown: dict[str, None] = {}
         self._live: dict[int, tuple[int, Event, Any]] = {}
+        self.paged_bytes = 0
+        self.work = Counter()
         self._count = 0
         self._handles: set[tuple[str, str]] = set()
 
@@ -62,6 +65,7 @@ class Recorder(TorchDispatchMode):
         self._note(func, result)
         if func in MATRIX_PRODUCTS:
             self._workspaces(func, args)
+        self.work.count(self.phase, func, args, kwargs, result)
         return result
 
     def _note(self, func: Any, result: Any) -> None:
@@ -120,6 +124,8 @@ class Recorder(TorchDispatchMode):
         """Events inside carry `phase` (and `category`); a new section begins and ends with it."""
         before = (self.phase, self.category)
         self.phase, self.category = phase, category
+        if phase == "forward" and before[0] != "backward":
+            self.work.begin_micro_batch()
         self.section += 1
         try:
             yield

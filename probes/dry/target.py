@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from planner.devices import Device
+from planner.devices import Device, find_device
+from planner.spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Target:
     def prefers_cudnn_attention(self) -> bool:
         """sdp_utils.cpp `check_prefer_cudnn_attention`: data-centre Hopper and Blackwell."""
         return self.major in (9, 10) and self.minor == 0
+
+
+def target_of_spec(spec: RunSpec) -> Target:
+    """The spec's card where it names one, else the default."""
+    return target_of(find_device(spec.device)) if spec.device else Target()
 
 
 def target_of(device: Device) -> Target:

@@ -13,6 +13,7 @@ from probes.dry import model as models
 from probes.dry.attribution import categorise
 from probes.dry.autocast import CudaSemantics
 from probes.dry.batch import Batches
+from probes.dry.components import components, count_parameters
 from probes.dry.cuda_view import cuda_view, flash_view
 from probes.dry.events import Event, Trace
 from probes.dry.lean import LeanRun, adapt_lean
@@ -41,6 +42,7 @@ def trace(
     with flash_view():
         base = models.build(spec, config)
     batches = Batches(spec, config, base)
+    parts, counts = components(base), count_parameters(base)
     with scope.hooked(), recorder, cuda_view(semantics):
         scope.name(base)
         with recorder.during("load", "parameters"):
@@ -52,6 +54,10 @@ def trace(
                 else models.adapt(base, spec, recorder.empty_cache)
             )
         scope.name(model)
+        if model is not base:
+            parts = {f"base_model.model.{path}": part for path, part in parts.items()}
+            # peft wraps the adapted layers, so that their parameters lie one level lower
+            parts |= {f"{path}.base_layer": part for path, part in parts.items()}
         for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
             recorder.place(tensor, path.rpartition(".")[0])
         loaded = recorder.take()
@@ -69,10 +75,12 @@ def trace(
     categorise(events, vocabulary)
     categorise(evaluation, vocabulary)
     result = Trace(
-        loaded, events, tuple(recorder.unknown), evaluation, 0.0,
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        spec.expandable_segments or spec.stack == "lean", base_events,
+        loaded, events, tuple(recorder.unknown), evaluation,
+        total_parameters=sum(counts.values()),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        expandable=spec.expandable_segments or spec.stack == "lean",
+        model_type=config.model_type, components=parts, parameters_by_component=counts,
+        paged_bytes=recorder.paged_bytes, work=recorder.work.step, base_events=base_events,
     )  # fmt: skip
     result.seconds = time.perf_counter() - started
     return result
