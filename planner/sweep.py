@@ -1,8 +1,8 @@
 """Every combination of a grid, each with what `fit` answers.
 
 Combinations are grouped by all that needs another run of the step. Within a group only sizes differ
-(micro batch, sequence, rank), and what a run does not depend on: accumulation beyond two, the card
-and its memory, the schedule.
+(micro batch, sequence), and what a run does not depend on: accumulation beyond two, the card and its
+memory, the schedule. A small grid is answered by `fit` throughout, a large one by planner.sweep_fast.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 from planner.devices import Device
@@ -20,10 +21,13 @@ from planner.memory.program import Program, run
 from planner.memory.workspace import cublas_workspace_bytes
 from planner.models.registry import Model, load_model
 from planner.spec import RunSpec, spec_from_mapping
-from planner.sweep_grid import Grid
+from planner.sweep_fast import NEAR, VERDICTS, CardColumns, Sizes, on_card, run_sizes
+from planner.sweep_grid import Axis, Grid
 
-SIZES = ("micro_batch_size", "sequence_length", "lora.rank")
+SIZES = ("micro_batch_size", "sequence_length")
 CARDS = ("gradient_accumulation_steps", "device", "device_memory")  # share a run of the step
+ALWAYS_EXACT = 400  # a grid of so few runs is answered by `fit` throughout
+EXACT_NEAR_BOUNDARIES = 200  # else so many rows near a boundary are
 _KEPT = 8  # runs that `evaluate` remembers
 IMPOSSIBLE = "impossible"
 
@@ -73,17 +77,126 @@ def evaluate_grid(grid: Grid) -> Iterator[Row]:
     """A row for each combination. What needs another run of the step varies slowest, then SIZES,
     then what shares a run; within each the axes keep their order."""
     axes = sorted(grid.axes, key=lambda axis: _speed(axis.name))
-    names = [axis.name for axis in axes]
-    order = [names.index(axis.name) for axis in grid.axes]
-    shared = sum(_speed(name) == 2 for name in names)
-    runs, cards = axes[: len(axes) - shared], axes[len(axes) - shared :]
-    for run_values in product(*(axis.values for axis in runs)):
-        outer = apply(grid.base, dict(zip(names, run_values, strict=False)))
-        cache: dict[RunSpec, _Needs | str] = {}
-        for card_values in product(*(axis.values for axis in cards)):
-            spec = apply(outer, dict(zip(names[len(runs) :], card_values, strict=True)))
-            values = (*run_values, *card_values)
-            yield _row(tuple(values[i] for i in order), spec, cache)
+    order = [axes.index(axis) for axis in grid.axes]
+    groups = [axis for axis in axes if _speed(axis.name) == 0]
+    sizes = [axis for axis in axes if _speed(axis.name) == 1]
+    cards = [axis for axis in axes if _speed(axis.name) == 2]
+    allowance = _Allowance(exact=_programs(groups, sizes) <= ALWAYS_EXACT)
+    for group_values in product(*(axis.values for axis in groups)):
+        outer = apply(grid.base, _named(groups, group_values))
+        group = _Group(outer, sizes, cards, allowance)
+        for values, row in group.rows():
+            whole = (*group_values, *values)
+            yield row._replace(values=tuple(whole[i] for i in order))
+
+
+def _programs(groups: list[Axis], sizes: list[Axis]) -> int:
+    return prod(len(axis.values) for axis in (*groups, *sizes))
+
+
+def _named(axes: list[Axis], values: tuple[Any, ...]) -> dict[str, Any]:
+    return {axis.name: value for axis, value in zip(axes, values, strict=True)}
+
+
+@dataclass
+class _Allowance:
+    """How many more runs near a boundary the sweep answers exactly; `exact`: all of them."""
+
+    exact: bool
+    left: int = EXACT_NEAR_BOUNDARIES
+
+
+class _Group:
+    """Combinations that differ in sizes and cards alone: one vectorised run."""
+
+    def __init__(
+        self, spec: RunSpec, sizes: list[Axis], cards: list[Axis], allowance: _Allowance
+    ) -> None:
+        self.spec = spec
+        self.sizes, self.cards = sizes, cards
+        self.allowance = allowance
+        self.cache: dict[RunSpec, _Needs | str] = {}
+        self.by_card: dict[tuple[Any, ...], CardColumns | str] = {}
+
+    def rows(self) -> Iterator[tuple[tuple[Any, ...], Row]]:
+        """(values of sizes and cards, row) in order."""
+        pairs = [self._pair(values) for values in product(*(a.values for a in self.sizes))]
+        combinations = list(product(*(a.values for a in self.cards)))
+        cards = [apply(self.spec, _named(self.cards, values)) for values in combinations]
+        runs = {}
+        for micro_batches in {min(card.gradient_accumulation_steps, 2) for card in cards}:
+            runs[micro_batches] = None if self.allowance.exact else self._run(pairs, micro_batches)
+        for place, size_values in enumerate(product(*(a.values for a in self.sizes))):
+            for card, card_values in zip(cards, combinations, strict=True):
+                fast = runs[min(card.gradient_accumulation_steps, 2)]
+                values = (*size_values, *card_values)
+                yield values, self._one(fast, place, size_values, card_values)
+
+    def _pair(self, values: tuple[Any, ...]) -> tuple[int, int]:
+        named = _named(self.sizes, values)
+        return (
+            named.get("micro_batch_size", self.spec.micro_batch_size),
+            named.get("sequence_length", self.spec.sequence_length),
+        )
+
+    def _run(
+        self, pairs: list[tuple[int, int]], micro_batches: int
+    ) -> tuple[Sizes, dict[int, int]] | None:
+        """The vectorised run of the pairs that can be, and each one's place in it."""
+        spec = apply(self.spec, {"gradient_accumulation_steps": micro_batches})
+        try:
+            model = load_model(self.spec.model)
+            possible = [i for i, pair in enumerate(pairs) if self._possible(model, pair)]
+            if not possible or self.spec.evaluation_batch_size or self.spec.stack != "stock":
+                return None
+            sizes = run_sizes(spec, model, [pairs[i] for i in possible])
+        except VramwiseError:
+            return None
+        return sizes, {index: place for place, index in enumerate(possible)}
+
+    def _possible(self, model: Model, pair: tuple[int, int]) -> bool:
+        sized = {"micro_batch_size": pair[0], "sequence_length": pair[1]}
+        try:
+            check(self.spec.model_copy(update=sized), model)
+        except VramwiseError:
+            return False
+        return True
+
+    def _one(
+        self, fast: tuple[Sizes, dict[int, int]] | None, place: int,
+        size_values: tuple[Any, ...], card_values: tuple[Any, ...],
+    ) -> Row:  # fmt: skip
+        at = fast[1].get(place) if fast else None
+        if fast is not None and at is not None:
+            columns = self._columns(fast[0], card_values)
+            if isinstance(columns, str):
+                return Row((), IMPOSSIBLE, columns)
+            if columns.verdicts[at] != NEAR or not self.allowance.left:
+                return _bounded(fast[0], columns, at)
+            self.allowance.left -= 1
+        named = {**_named(self.sizes, size_values), **_named(self.cards, card_values)}
+        return _row((), apply(self.spec, named), self.cache)
+
+    def _columns(self, sizes: Sizes, card_values: tuple[Any, ...]) -> CardColumns | str:
+        found = self.by_card.get(card_values)
+        if found is None:
+            spec = apply(self.spec, _named(self.cards, card_values))
+            try:
+                found = on_card(sizes, spec, device_of(spec))
+            except VramwiseError as error:
+                found = str(error)
+            self.by_card[card_values] = found
+        return found
+
+
+def _bounded(sizes: Sizes, columns: CardColumns, at: int) -> Row:
+    """A row that carries bounds: the requirement lies between its low and its high."""
+    verdict = columns.verdicts[at]
+    return Row(
+        (), VERDICTS[verdict] if verdict != NEAR else "tight", "", sizes.resident_bytes,
+        columns.live_bytes[at], None, None, columns.low_bytes[at], columns.high_bytes[at],
+        columns.total_bytes, columns.step_s[at], columns.tokens_per_s[at], "bounds",
+    )  # fmt: skip
 
 
 def _speed(name: str) -> int:

@@ -65,18 +65,18 @@ class Optimizer(NamedTuple):
         with t.recorder.scope("optimizer"):
             if self.name in ("adamw_torch", "rmsprop"):
                 held = [t.new(leaf.shape, leaf.dtype, "sqrt (foreach)") for leaf in leaves]
-                t.count(12 * sizes, 12 * (1 + len(leaves) // 36))
+                t.count(12 * sizes, 12 * (1 + len(leaves) / 36))
                 del held
             elif self.name == "adagrad":
                 held = [t.new(leaf.shape, leaf.dtype, "mul (foreach)") for leaf in leaves]
                 held += [t.new(leaf.shape, leaf.dtype, "sqrt (foreach)") for leaf in leaves]
-                t.count(10 * sizes, 8 * (1 + len(leaves) // 36))
+                t.count(10 * sizes, 8 * (1 + len(leaves) / 36))
                 del held
             elif self.name == "adafactor":
                 for leaf in leaves:
                     _adafactor_step(t, leaf)
             elif self.name in ("adamw_torch_fused", "sgd"):
-                t.count(7 * sizes if self.name != "sgd" else 3 * sizes, 1 + len(leaves) // 36)
+                t.count(7 * sizes if self.name != "sgd" else 3 * sizes, 1 + len(leaves) / 36)
             else:
                 t.count(5 * sizes, 2 * len(leaves))
 

@@ -11,6 +11,8 @@ from array import array
 from typing import NamedTuple
 
 from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BUFFER_BYTES
+from planner.memory.loaded import Loaded
+from planner.memory.loading import Loading
 from planner.memory.pools import CAPPED, RELEASE, RESET, Part, replay_parts
 from planner.memory.program import Program
 from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, replay, smallest_cap
@@ -74,7 +76,15 @@ def _smallest_cap(load: list[Part], first: list[Part], later: Part, low: int, hi
 
 def loading_parts(program: Program) -> list[Part]:
     """Loading, k-bit preparation and adapters."""
-    loading = program.loading
+    return _loading_parts(program.loading)
+
+
+def loading_parts_of(loaded: Loaded) -> list[Part]:
+    """The same, of a model that is not run."""
+    return _loading_parts(Loading(loaded))
+
+
+def _loading_parts(loading: Loading) -> list[Part]:
     return [Part(events, loading.sizes, 0, RELEASE) for events in loading.parts]
 
 
