@@ -148,8 +148,8 @@ def eager_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Ten
     """Eager attention of pieces of `length` positions, as one batch of them: (1, P, h, d)."""
     _, heads, positions, dim = q.shape
     shape = (positions // length, heads, length, dim)
-    split = (t.alias(x, shape, False, reshapes=False) for x in (q, k, v))
-    out, _weights = eager(t, *split, None)
+    q, k, v = (t.alias(x, shape, False, reshapes=False) for x in (q, k, v))
+    out, _weights = eager(t, q, k, v, None)
     return t.alias(out, (1, positions, heads, dim), True)
 
 

@@ -224,7 +224,9 @@ def gemma_rms_norm(t: Engine, weight: Tensor, x: Tensor) -> Tensor:
     return t.to(h, source)
 
 
-def layer_norm(t: Engine, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def layer_norm(
+    t: Engine, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """F.layer_norm, an fp32 operation under autocast: saves its input and two statistics."""
     x = t.upper(x)
     if weight is not None and bias is not None:

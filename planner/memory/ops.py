@@ -98,7 +98,8 @@ class Engine:
         else:
             work.flops_16bit = work.flops_16bit + flops
         hidden = flops / RIDGE_FLOPS_PER_BYTE
-        work.traffic_bytes = work.traffic_bytes + (traffic_bytes - hidden) * (traffic_bytes > hidden)
+        seen = (traffic_bytes - hidden) * (traffic_bytes > hidden)
+        work.traffic_bytes = work.traffic_bytes + seen
         work.launches += 1
 
     def wants_grad(self, *inputs: Tensor | None) -> bool:
@@ -524,7 +525,7 @@ class Engine:
 
     def dropout(self, x: Tensor, probability: float) -> Tensor:
         """F.dropout in training on CUDA: native_dropout, which saves a byte mask."""
-        if probability == 0:
+        if probability == 0 or not self.training:
             return x
         self.count(2 * grad_bytes(x) + prod(x.shape))
         out = self.new(x.shape, x.dtype, "dropout")

@@ -196,6 +196,7 @@ def evaluation_peak(spec: RunSpec, model: Model) -> int:
     engine = Engine()
     size = spec.model_copy(update={"micro_batch_size": spec.evaluation_batch_size})
     batch = make_batch(engine.recorder, size, model)
+    engine.training = False
     with engine.no_grad():
         engine.recorder.enter("evaluation")
         stock_loss(engine, loaded, forward_of(model), batch)

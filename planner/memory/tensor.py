@@ -23,7 +23,7 @@ Backward = Callable[["Tensor"], Sequence["Tensor | None"]]
 
 
 class Tensor:
-    """A tensor: a view of a storage. `node` made it; a leaf has none, and may require a gradient."""
+    """A tensor: a view of a storage. `node` made it; a leaf has none, and may want a gradient."""
 
     __slots__ = (
         "based", "contiguous", "dtype", "grad", "name", "node", "pending", "requires_grad", "shape",

@@ -145,10 +145,10 @@ def _image_features(
     count, parts, *shape = images.shape
     with t.recorder.scope("model"):
         every = t.new((count * parts, *shape), images.dtype, "cat (tiles)")
-    shape = (count, image_features(geometry, loaded.spec.image_size), geometry.text.hidden_size)
+    packed = (count, image_features(geometry, loaded.spec.image_size), geometry.text.hidden_size)
 
     def pack(projected: Tensor) -> Tensor:
         with t.recorder.scope("model"):
-            return vision_ops.pack_tiles(t, projected, shape, parts)
+            return vision_ops.pack_tiles(t, projected, packed, parts)
 
     return llava.image_features_of(t, loaded, geometry.base, every, pack)
