@@ -16,7 +16,6 @@ from planner.memory.loading import Loading
 from planner.memory.pools import CAPPED, RELEASE, RESET, Part, replay_parts
 from planner.memory.program import Program
 from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, replay, smallest_cap
-from planner.memory.storage import BLOCK_BYTES
 
 STEPS_TO_PEAK = 2  # the second step has optimizer states
 STEPS_TO_SETTLE = 3  # under a cap the layout of a third step still differs from the second's
@@ -97,7 +96,7 @@ def step_parts(program: Program, workspace_bytes: int) -> tuple[list[Part], Part
     """
     recorder = program.recorder
     events = array("q", recorder.events)
-    sizes = array("q", [block.nbytes or BLOCK_BYTES for block in recorder.blocks])
+    sizes = array("q", recorder.sizes)
     starts = {instant.name: instant.start for instant in reversed(recorder.instants)}
     base = len(program.loading.sizes)
     stays = base + len(sizes)

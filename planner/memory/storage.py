@@ -77,6 +77,7 @@ class Recorder:
     def __init__(self) -> None:
         self.live_bytes: Any = 0
         self.blocks: list[Block] = []
+        self.sizes: list[Any] = []  # of the blocks, for the allocator
         self.events: list[int] = []
         self.module = ""
         self.instants: list[Instant] = []
@@ -93,6 +94,7 @@ class Recorder:
         block = Block(nbytes, shape, dtype, self.module, op, category)
         index = len(self.blocks)
         self.blocks.append(block)
+        self.sizes.append(nbytes)
         self.events.append(index)
         self.live_bytes = self.live_bytes + nbytes
         self.note_peak()
@@ -112,15 +114,12 @@ class Recorder:
         self._peak = self.live_bytes
         self._peak_event = len(self.events)
 
-    def resume(self, blocks: list[Block], events: list[int], instants: list[Instant]) -> None:
-        """Go on from a recorded stream; its last instant stays open."""
-        self.blocks, self.events = blocks, events
+    def resume(self, instants: list[Instant], live_bytes: int) -> None:
+        """Go on from a recorded stream (blocks, sizes and events set); the last instant is open."""
         *self.instants, last = instants
         self._instant, self._peak = last.name, last.peak_bytes
         self._peak_event, self._start = last.event, last.start
-        self.live_bytes = sum(
-            blocks[i].nbytes if i >= 0 else -blocks[~i].nbytes for i in events
-        )
+        self.live_bytes = live_bytes
 
     def mark(self, label: tuple[str, int]) -> None:
         """Called where a decoder layer's forward or backward starts; used by planner.memory.many."""
@@ -136,10 +135,10 @@ class Recorder:
 
     def live_at(self, event: int) -> list[Block]:
         """The blocks live after the first `event` events, in order of allocation."""
-        live: dict[int, Block] = {}
+        live: set[int] = set()
         for index in self.events[:event]:
             if index >= 0:
-                live[index] = self.blocks[index]
+                live.add(index)
             else:
-                del live[~index]
-        return list(live.values())
+                live.remove(~index)
+        return [self.blocks[index] for index in sorted(live)]

@@ -10,8 +10,7 @@ the layers gives (tests/planner/memory/test_stretch.py).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from planner.memory.storage import Block, Instant, Recorder
@@ -70,16 +69,38 @@ def _difference(after: Snapshot, before: Snapshot) -> Snapshot:
     return tuple(a - b for a, b in zip(after, before, strict=True))
 
 
-@dataclass(slots=True)
 class _Segment:
-    """A stretch of the run. kind: "forward" or "backward" of `layer`, else "" (layer -1)."""
+    """A stretch of the run. kind: "forward" or "backward" of `layer`, else "" (layer -1).
 
-    kind: str
-    layer: int
-    events: list[int]
-    first_block: int
-    blocks: list[Block]
-    instant: str
+    foreign: positions of the events that release other segments' blocks; net and top: change of the
+    live bytes over the segment, and their most above its start, `top_event` events into it.
+    """
+
+    __slots__ = (
+        "blocks", "events", "first_block", "foreign", "instant", "kind", "layer", "net", "sizes",
+        "top", "top_event",
+    )  # fmt: skip
+
+    def __init__(self, run: Recorder, cut: _Cut, event_end: int, block_end: int) -> None:
+        in_layer = 0 <= cut.layer < RUN_LAYERS
+        self.kind, self.layer = (cut.label, cut.layer) if in_layer else ("", -1)
+        self.instant = cut.instant
+        self.first_block = cut.block
+        self.events = run.events[cut.event : event_end]
+        self.blocks = run.blocks[cut.block : block_end]
+        self.sizes = run.sizes[cut.block : block_end]
+        self.foreign: list[int] = []
+        live = top = top_event = 0
+        for position, index in enumerate(self.events):
+            if index >= 0:
+                live += run.sizes[index]
+                if live > top:
+                    top, top_event = live, position + 1
+            else:
+                live -= run.sizes[~index]
+                if not cut.block <= ~index < block_end:
+                    self.foreign.append(position)
+        self.net, self.top, self.top_event = live, top, top_event
 
 
 class NotAlikeError(Exception):
@@ -95,20 +116,9 @@ def stretch(run: MarkedRecorder, layers: int) -> tuple[Recorder, list[int]]:
 
 
 def _segments(run: MarkedRecorder) -> list[_Segment]:
-    segments = []
-    for position, cut in enumerate(run.cuts):
-        following = run.cuts[position + 1] if position + 1 < len(run.cuts) else None
-        event_end = following.event if following else len(run.events)
-        block_end = following.block if following else len(run.blocks)
-        in_layer = 0 <= cut.layer < RUN_LAYERS
-        segments.append(
-            _Segment(
-                cut.label if in_layer else "", cut.layer if in_layer else -1,
-                run.events[cut.event : event_end], cut.block, run.blocks[cut.block : block_end],
-                cut.instant,
-            )
-        )  # fmt: skip
-    return segments
+    ends = [(cut.event, cut.block) for cut in run.cuts[1:]]
+    ends.append((len(run.events), len(run.blocks)))
+    return [_Segment(run, cut, *end) for cut, end in zip(run.cuts, ends, strict=True)]
 
 
 def _check(segments: list[_Segment]) -> None:
@@ -116,23 +126,22 @@ def _check(segments: list[_Segment]) -> None:
     by_place: dict[tuple[str, int], list[list[int]]] = {}
     for segment in segments:
         if segment.kind:
-            sizes = [block.nbytes for block in segment.blocks]
-            by_place.setdefault((segment.kind, segment.layer), []).append(sizes)
+            by_place.setdefault((segment.kind, segment.layer), []).append(segment.sizes)
     for kind in ("forward", "backward"):
         if by_place.get((kind, 1), []) != by_place.get((kind, 2), []):
             raise NotAlikeError
 
 
 class _Stretch:
-    """Emits the segments of the whole step in order."""
+    """Emits the segments of the whole step in order. A layer's blocks are its template's."""
 
     def __init__(self, segments: list[_Segment], layers: int) -> None:
         self.segments = segments
         self.layers = layers
         self.starts = [segment.first_block for segment in segments]
-        self.events: list[int] = []
-        self.blocks: list[Block] = []
-        self.instants: list[tuple[str, int]] = [("loaded", 0)]
+        self.recorder = Recorder()
+        self.live = 0
+        self.open: Instant | None = None
         # (kind, layer of the whole, turn) -> where its blocks start; others by segment
         self.layer_base: dict[tuple[str, int, int], int] = {}
         self.segment_base: dict[int, int] = {}
@@ -149,42 +158,60 @@ class _Stretch:
         return turns
 
     def result(self) -> tuple[Recorder, list[int]]:
-        index = 0
-        while index < len(self.segments):
-            segment = self.segments[index]
+        recorder = self.recorder
+        instants: list[Instant] = []
+        current, top, top_event, start = "loaded", 0, 0, 0
+        for index, segment, whole in self._plan():
             if segment.instant:
-                self.instants.append((segment.instant, len(self.events)))
+                instants.append(Instant(current, top, top_event, start))
+                if segment.instant == "end":
+                    break
+                current, top, top_event = segment.instant, self.live, len(recorder.events)
+                start = top_event
+            if self.live + segment.top > top:
+                top, top_event = self.live + segment.top, len(recorder.events) + segment.top_event
+            self._emit(index, segment, whole)
+        before = len(recorder.events)
+        live = self.live
+        self._emit(index, segment, -1)
+        tail = recorder.events[before:]
+        del recorder.events[before:]
+        recorder.resume(instants, live)
+        return recorder, tail
+
+    def _plan(self) -> Iterator[tuple[int, _Segment, int]]:
+        """(template's index, template, layer of the whole or -1) in the order of the step."""
+        for index, segment in enumerate(self.segments):
             if segment.kind == "forward" and segment.layer == 2:
                 for layer in range(2, self.layers - 1):
-                    self._layer(index, layer)
+                    yield index, segment, layer
             elif segment.kind == "backward" and segment.layer == 2:
-                self._layer(index, self.layers - 2)
+                yield index, segment, self.layers - 2
                 for layer in range(self.layers - 3, 1, -1):
-                    self._layer(index + 1, layer)
+                    yield index + 1, self.segments[index + 1], layer
             elif segment.kind:
                 whole = segment.layer if segment.layer < 2 else self.layers - 1
-                self._layer(index, whole)
+                yield index, segment, whole
             else:
-                self._outside(index)
-            index += 1
-        return self._recorder()
+                yield index, segment, -1
 
-    def _layer(self, index: int, whole: int) -> None:
-        """Emit a template as layer `whole`."""
-        template = self.segments[index]
-        turn = self.turns[index]
-        base = len(self.blocks)
-        self.layer_base[template.kind, whole, turn] = base
-        self.blocks += self._renamed(template, whole)
-        own, shift = template.first_block, whole - template.layer
-        end = own + len(template.blocks)
-        for event in template.events:
-            source = event if event >= 0 else ~event
-            if own <= source < end:
-                target = base + source - own
-            else:
-                target = self._elsewhere(source, shift, template.layer)
-            self.events.append(target if event >= 0 else ~target)
+    def _emit(self, index: int, segment: _Segment, whole: int) -> None:
+        recorder = self.recorder
+        shift = len(recorder.blocks) - segment.first_block
+        events = [e + shift if e >= 0 else e - shift for e in segment.events]
+        if whole < 0:
+            self.segment_base[index] = len(recorder.blocks)
+            events = self._with_repeats(segment, events)
+        else:
+            base = segment.first_block + shift
+            self.layer_base[segment.kind, whole, self.turns[index]] = base
+            for position in segment.foreign:
+                source = ~segment.events[position]
+                events[position] = ~self._elsewhere(source, whole - segment.layer, segment.layer)
+            self.live += segment.net
+        recorder.events += events
+        recorder.blocks += segment.blocks
+        recorder.sizes += segment.sizes
 
     def _elsewhere(self, source: int, shift: int, layer: int) -> int:
         """The block of another segment that stands in the same relation to this layer."""
@@ -201,38 +228,34 @@ class _Stretch:
         whole = other.layer + shift if near else _outer(other.layer, self.layers)
         return self.layer_base[other.kind, whole, self.turns[place]] + offset
 
-    def _outside(self, index: int) -> None:
-        """Emit a segment between layers; what it releases of layer 2 it releases of all alike."""
-        segment = self.segments[index]
-        base = len(self.blocks)
-        self.segment_base[index] = base
-        self.blocks += segment.blocks
-        own, end = segment.first_block, segment.first_block + len(segment.blocks)
+    def _with_repeats(self, segment: _Segment, events: list[int]) -> list[int]:
+        """A segment between layers: what it releases of layer 2 it releases of all alike."""
+        found: list[int] = []
         run: list[tuple[str, int, int]] = []  # releases of layer 2 in a row
-        for event in segment.events:
-            source = event if event >= 0 else ~event
-            if own <= source < end:
-                self._repeat(run)
-                target = base + source - own
-                self.events.append(target if event >= 0 else ~target)
-                continue
-            kind, layer, turn, offset = self._place(source)
+        done = 0
+        for position in segment.foreign:
+            kind, layer, turn, offset = self._place(~segment.events[position])
+            if run and (position > done or not kind or layer != 2):
+                self._repeat(run, found)
+            found += events[done:position]
+            done = position + 1
             if kind and layer == 2:
                 run.append((kind, turn, offset))
-                continue
-            self._repeat(run)
-            if kind:
+            elif kind:
                 whole = layer if layer < 2 else self.layers - 1
-                target = self.layer_base[kind, whole, turn] + offset
+                found.append(~(self.layer_base[kind, whole, turn] + offset))
             else:
-                target = self.segment_base[turn] + offset
-            self.events.append(~target)
-        self._repeat(run)
+                found.append(~(self.segment_base[turn] + offset))
+        self._repeat(run, found)
+        found += events[done:]
+        sizes = self.recorder.sizes + segment.sizes
+        self.live += sum(sizes[e] if e >= 0 else -sizes[~e] for e in found)
+        return found
 
-    def _repeat(self, run: list[tuple[str, int, int]]) -> None:
+    def _repeat(self, run: list[tuple[str, int, int]], found: list[int]) -> None:
         for whole in range(2, self.layers - 1) if run else ():
             for kind, turn, offset in run:
-                self.events.append(~(self.layer_base[kind, whole, turn] + offset))
+                found.append(~(self.layer_base[kind, whole, turn] + offset))
         run.clear()
 
     def _place(self, source: int) -> tuple[str, int, int, int]:
@@ -248,45 +271,6 @@ class _Stretch:
             return other.kind, other.layer, self.turns[place], offset
         return "", -1, place, offset
 
-    def _renamed(self, template: _Segment, whole: int) -> list[Block]:
-        if whole == template.layer:
-            return template.blocks
-        old, new = f"layers.{template.layer}.", f"layers.{whole}."
-        return [
-            Block(b.nbytes, b.shape, b.dtype, b.module.replace(old, new, 1), b.op, b.category)
-            if old in b.module
-            else b
-            for b in template.blocks
-        ]
-
-    def _recorder(self) -> tuple[Recorder, list[int]]:
-        *instants, (_, end) = self.instants
-        recorder = Recorder()
-        events, tail = self.events[:end], self.events[end:]
-        recorder.resume(self.blocks, events, _peaks(self.blocks, events, instants))
-        return recorder, tail
-
 
 def _outer(layer: int, layers: int) -> int:
     return layer if layer < 2 else layers - RUN_LAYERS + layer
-
-
-def _peaks(
-    blocks: list[Block], events: list[int], starts: list[tuple[str, int]]
-) -> list[Instant]:
-    """The peak of each instant, from the events."""
-    instants = []
-    live = 0
-    for place, (name, start) in enumerate(starts):
-        end = starts[place + 1][1] if place + 1 < len(starts) else len(events)
-        peak, at = live, start
-        for position in range(start, end):
-            index = events[position]
-            if index >= 0:
-                live += blocks[index].nbytes
-                if live > peak:
-                    peak, at = live, position + 1
-            else:
-                live -= blocks[~index].nbytes
-        instants.append(Instant(name, peak, at, start))
-    return instants
