@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 from planner.devices import Device, find_device, local_device
@@ -80,7 +79,7 @@ class Estimate(NamedTuple):
         values = {name: getattr(self, name) for name in self._fields if name != "spec"}
         values["parameters"] = self.parameters._asdict()
         values["time"] = self.time._asdict()
-        values["terms"] = [asdict(term) for term in self.terms]
+        values["terms"] = [term.as_dict() for term in self.terms]
         values["spec"] = self.spec.model_dump(mode="json")
         return values
 

@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 from planner.dtypes import DType
 from planner.memory.loaded import Loaded
@@ -27,15 +26,6 @@ NESTED_BLOCK = 256
 NESTED_CODE_BYTES = 1024  # 256 fp32 values of the dynamic map
 
 
-class Resident(NamedTuple):
-    """One tensor that stays: its bytes rounded to blocks, whose it is, what, and its event id."""
-
-    nbytes: int
-    component: str
-    what: str
-    key: int
-
-
 def rounded(nbytes: int) -> int:
     """Bytes as the allocator counts them."""
     return max(-(-nbytes // BLOCK_BYTES), 1) * BLOCK_BYTES
@@ -45,7 +35,8 @@ class Loading:
     """The allocator's events of loading, k-bit preparation and adapter set-up.
 
     sizes: bytes of each allocation; parts: i for the allocation of sizes[i], ~i for its release,
-    the cache emptied between one part and the next.
+    the cache emptied between one part and the next; stays: whose each lasting allocation is
+    (component, what).
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -53,7 +44,7 @@ class Loading:
         self.spec = loaded.spec
         self.sizes = array("q")
         self.parts: list[array[int]] = [array("q")]
-        self.resident: dict[int, Resident] = {}
+        self.stays: dict[int, tuple[str, str]] = {}
         self._warm_up()
         plain = [self._arrive(module, name, shape) for module, name, shape in arrivals(loaded.tree)]
         if loaded.casts_to_fp32:
@@ -64,17 +55,22 @@ class Loading:
 
     def _take(self, nbytes: int) -> int:
         key = len(self.sizes)
-        self.sizes.append(rounded(nbytes))
+        self.sizes.append((nbytes + 511) & -512 or BLOCK_BYTES)
         self.parts[-1].append(key)
         return key
 
     def _give(self, key: int) -> None:
         self.parts[-1].append(~key)
 
-    def _keep(self, nbytes: int, component: str, what: str, key: int | None = None) -> int:
-        key = self._take(nbytes) if key is None else key
-        self.resident[key] = Resident(rounded(nbytes), component, what, key)
+    def _keep(self, nbytes: int, component: str, what: str) -> int:
+        key = self._take(nbytes)
+        self.stays[key] = (component, what)
         return key
+
+    @property
+    def resident_bytes(self) -> int:
+        """Sum of the tensors that stay; the allocator's blocks hold a little more."""
+        return sum(map(self.sizes.__getitem__, self.stays))
 
     def _warm_up(self) -> None:
         dtype = DType(self.spec.weights_dtype)
@@ -138,7 +134,7 @@ class Loading:
         for key, module, shape in sorted(plain, key=lambda entry: (order[entry[1].path], entry[0])):
             self._keep(prod(shape) * 4, module.component, F32.value)
             self._give(key)
-            del self.resident[key]
+            del self.stays[key]
 
     def _adapters(self) -> None:
         base = DType(self.spec.weights_dtype)

@@ -116,7 +116,7 @@ def _run_alike(spec: RunSpec, model: Model, batches: Sizes, lengths: Sizes) -> M
             peak = _most([live for _, lives in run.segments for live in lives])
             result = peak, run.device_state_bytes, run.paged_bytes, run.work
     peak, states, paged, work = result
-    resident = sum(tensor.nbytes for tensor in Loading(load(spec, model)).resident.values())
+    resident = Loading(load(spec, model)).resident_bytes
     return Many(np.broadcast_to(peak, batches.shape), resident, resident + states, paged, work)
 
 

@@ -56,7 +56,7 @@ class Program(NamedTuple):
     @property
     def resident_bytes(self) -> int:
         """Sum of the tensors that stay; the allocator's blocks hold a little more."""
-        return sum(tensor.nbytes for tensor in self.loading.resident.values())
+        return self.loading.resident_bytes
 
     @property
     def static_bytes(self) -> int:

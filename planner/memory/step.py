@@ -15,7 +15,7 @@ from planner.dtypes import DType
 from planner.memory.loaded import COMPUTE, Loaded
 from planner.memory.ops import F32, Engine, Work
 from planner.memory.optimizer import Optimizer
-from planner.memory.storage import Recorder
+from planner.memory.storage import BLOCK_BYTES, Recorder
 from planner.memory.tensor import Tensor
 
 INT64 = DType.INT64
@@ -107,8 +107,8 @@ def clip(engine: Engine, loaded: Loaded) -> None:
         return
     grads = [leaf for leaf in loaded.leaves.values() if leaf.grad is not None]
     with engine.recorder.scope("clip_grad_norm_"):
-        norms = [engine.new((), leaf.grad.dtype, "norm") for leaf in grads]
-        stacked = engine.new((len(norms),), F32, "stack")
+        norms = engine.new((len(grads), BLOCK_BYTES // 4), F32, "norm")  # a block each
+        stacked = engine.new((len(grads),), F32, "stack")
         total = engine.new((), F32, "norm")
     size: Any = sum(prod(leaf.shape) * leaf.grad.dtype.itemsize for leaf in grads)
     engine.count(3 * size, 4)

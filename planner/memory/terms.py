@@ -37,12 +37,17 @@ class Term:
     source: str
     count: int = 1
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
 
 def static_terms(program: Program) -> list[Term]:
     """Parameters by component and storage, adapters, optimizer states."""
     groups: dict[tuple[str, str], list[int]] = {}
-    for tensor in program.loading.resident.values():
-        groups.setdefault((tensor.component, tensor.what), []).append(tensor.nbytes)
+    sizes_of = program.loading.sizes
+    for key, owner in program.loading.stays.items():
+        groups.setdefault(owner, []).append(sizes_of[key])
     terms = []
     for (component, what), sizes in groups.items():
         category = "adapters" if component == "adapter" else "parameters"
@@ -63,8 +68,11 @@ def static_terms(program: Program) -> list[Term]:
 def live_terms(blocks: Iterable[Block], instant: str) -> list[Term]:
     """Blocks live at one instant, grouped by what they are, the layer's number left out."""
     groups: dict[tuple[str, str, str, tuple[Any, ...], str], list[Block]] = {}
+    modules: dict[str, str] = {}
     for block in blocks:
-        module = _LAYER.sub(r"\1.*", block.module)
+        module = modules.get(block.module)
+        if module is None:
+            module = modules[block.module] = _LAYER.sub(r"\1.*", block.module)
         category = _category(block, module)
         key = (category, module, block.op, block.shape, block.dtype.value)
         groups.setdefault(key, []).append(block)
