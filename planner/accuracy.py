@@ -87,8 +87,8 @@ def boundaries(rows: Sequence[Residual]) -> str:
     if not bracketed:
         return "No bisected record."
     return (
-        f"{len(bracketed)} bisected records: {false_fits} would be told \"fits\" at the cap that "
-        f"failed, {false_refusals} \"does not fit\" at the cap that passed. Intervals are "
+        f'{len(bracketed)} bisected records: {false_fits} would be told "fits" at the cap that '
+        f'failed, {false_refusals} "does not fit" at the cap that passed. Intervals are '
         f"{max(widths):.1%} of the requirement wide at most."
     )
 
@@ -108,7 +108,8 @@ def _by(rows: Sequence[Residual], kind: Callable[[Residual], str]) -> str:
         brackets = [row.required for row in members if row.required is not None]
         required = "-" if not brackets else "{:.2%}, {:.2%}".format(*spread_of(brackets)[:2])
         lines.append(
-            f"| {name} | {len(members)} | {peak[0]:.2%}, {peak[1]:.2%} | {required} | {step[0]:.0%} |"
+            f"| {name} | {len(members)} | {peak[0]:.2%}, {peak[1]:.2%} | {required} "
+            f"| {step[0]:.0%} |"
         )
     return "\n".join(lines)
 
@@ -119,7 +120,8 @@ def _worst(rows: Sequence[Residual]) -> str:
     for row in ranked:
         required = "-" if row.required is None else f"{row.required:+.2%}"
         lines.append(
-            f"| {describe(row.measured)} | {row.peak_allocated:+.2%} | {required} | {row.step:+.0%} |"
+            f"| {describe(row.measured)} | {row.peak_allocated:+.2%} | {required} "
+            f"| {row.step:+.0%} |"
         )
     return "\n".join(lines)
 

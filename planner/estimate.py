@@ -149,9 +149,7 @@ def fit_on(spec: RunSpec, device: Device, program: Program, needed: Requirement)
     )  # fmt: skip
 
 
-def assemble(
-    spec: RunSpec, model: Model, device: Device, program: Program
-) -> Estimate:
+def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> Estimate:
     """The answer for a program already run."""
     workspace = cublas_workspace_bytes(device.compute_capability)
     needed = requirement(spec, model, program, workspace)

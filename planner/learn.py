@@ -112,11 +112,16 @@ def bands(rows: Iterable[Residual]) -> dict[str, Band]:
             continue
         predicted = row.predicted.allocator_required_bytes
         key = band_key(measured.spec.stack, measured.spec.gradient_checkpointing)
-        ends = (measured.failed_cap_bytes / predicted - 1, measured.passed_cap_bytes / predicted - 1)
+        ends = (
+            measured.failed_cap_bytes / predicted - 1,
+            measured.passed_cap_bytes / predicted - 1,
+        )
         found.setdefault(key, []).append(ends)
     return {
         key: Band(
-            round(min(low for low, _ in ends), 4), round(max(high for _, high in ends), 4), len(ends)
+            round(min(low for low, _ in ends), 4),
+            round(max(high for _, high in ends), 4),
+            len(ends),
         )
         for key, ends in found.items()
     }

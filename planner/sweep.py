@@ -1,8 +1,9 @@
 """Every combination of a grid, each with what `fit` answers.
 
 Combinations are grouped by all that needs another run of the step. Within a group only sizes differ
-(micro batch, sequence), and what a run does not depend on: accumulation beyond two, the card and its
-memory, the schedule. A small grid is answered by `fit` throughout, a large one by planner.sweep_fast.
+(micro batch, sequence), and what a run does not depend on: accumulation beyond two, the card and
+its memory, the schedule. A small grid is answered by `fit` throughout, a large one by
+planner.sweep_fast.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ class Loaded:
     @property
     def casts_to_fp32(self) -> bool:
         """Whether k-bit preparation makes the parameters that are not quantised fp32."""
-        return self.quantized and self.spec.stack == "stock" and self.spec.weights_dtype != "float32"
+        return (
+            self.quantized and self.spec.stack == "stock" and self.spec.weights_dtype != "float32"
+        )
 
     @property
     def dtype(self) -> DType:
@@ -70,7 +72,9 @@ class Loaded:
             and module.component != "lm_head"
         )  # fmt: skip
 
-    def leaf(self, path: str, name: str, shape: tuple[Any, ...], dtype: DType, trainable: bool) -> Any:
+    def leaf(
+        self, path: str, name: str, shape: tuple[Any, ...], dtype: DType, trainable: bool
+    ) -> Any:
         """The parameter `path.name`, made once."""
         from planner.memory.tensor import Tensor
 

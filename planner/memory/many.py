@@ -147,9 +147,9 @@ def _extrapolate(few: _Run, more: _Run, layers: int) -> tuple[Any, int, int, Ste
     """Peak, states and work of `layers` layers from runs of FEW and MORE."""
     extra = layers - FEW
     peak: Any = 0
-    for ours, low, high in _aligned(few.segments, more.segments):
-        if ours == "middle":
-            first, second, other = low, *high
+    for part, low, high in _aligned(few.segments, more.segments):
+        if part == "middle":
+            first, (second, other) = low, high
             for a, b, c in zip(first, second, other, strict=True):
                 at_first = a + (b - a) * extra  # layer 1 of `layers`
                 at_last = at_first + (c - b) * (layers - FEW)

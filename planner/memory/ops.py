@@ -72,9 +72,7 @@ class Engine:
 
     # -- allocation and graph ------------------------------------------------------------------
 
-    def new(
-        self, shape: Shape, dtype: DType, op: str, category: str = "temporaries"
-    ) -> Tensor:
+    def new(self, shape: Shape, dtype: DType, op: str, category: str = "temporaries") -> Tensor:
         """A fresh contiguous tensor."""
         return Tensor(self.recorder.allocate(shape, dtype, op, category), shape, dtype)
 
@@ -84,7 +82,7 @@ class Engine:
         out.contiguous = x.contiguous
         return out
 
-    def count(self, traffic_bytes: Any, launches: int = 1) -> None:
+    def count(self, traffic_bytes: Any, launches: float = 1) -> None:
         """Add memory-bound work."""
         work = self.work
         work.traffic_bytes = work.traffic_bytes + traffic_bytes
@@ -318,9 +316,7 @@ class Engine:
             x = self.clone(x, "reshape")
         return self.alias(x, shape, True)
 
-    def alias(
-        self, x: Tensor, shape: Shape, contiguous: bool, reshapes: bool = True
-    ) -> Tensor:
+    def alias(self, x: Tensor, shape: Shape, contiguous: bool, reshapes: bool = True) -> Tensor:
         """A differentiable view: view, unsqueeze, expand without broadcast. Its backward is
         grad.reshape(source): a copy of a gradient in another memory order."""
         out = x.view(shape, contiguous)
@@ -340,9 +336,7 @@ class Engine:
         dims[first], dims[second] = dims[second], dims[first]
         flips = not (_is_one(dims[first]) or _is_one(dims[second]))
         out, source = x.view(tuple(dims), x.contiguous is not flips), x.shape
-        return self.record(
-            out, (x,), (), lambda g: (g.view(source, g.contiguous is not flips),)
-        )
+        return self.record(out, (x,), (), lambda g: (g.view(source, g.contiguous is not flips),))
 
     def clone(self, x: Tensor, op: str = "clone") -> Tensor:
         """x.clone() or x.contiguous() of a non-contiguous x."""
@@ -393,9 +387,7 @@ class Engine:
         self.count(2 * prod(shape) * dtype.itemsize)
         out = self.new(shape, dtype, "cat")
         shapes = [part.shape for part in parts]
-        return self.record(
-            out, parts, (), lambda g: tuple(g.view(s, False) for s in shapes)
-        )
+        return self.record(out, parts, (), lambda g: tuple(g.view(s, False) for s in shapes))
 
     # -- elementwise ---------------------------------------------------------------------------
 
@@ -561,10 +553,7 @@ def wider(a: Shape, b: Shape) -> Shape:
     if len(a) < len(b):
         a, b = b, a
     offset = len(a) - len(b)
-    return a[:offset] + tuple(
-        y if _is_one(x) else x
-        for x, y in zip(a[offset:], b, strict=True)
-    )
+    return a[:offset] + tuple(y if _is_one(x) else x for x, y in zip(a[offset:], b, strict=True))
 
 
 def _is_one(size: Any) -> bool:

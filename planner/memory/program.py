@@ -35,6 +35,7 @@ from planner.spec import RunSpec
 _DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
 _TOWERS = ("model.vision_tower.", "model.visual.")  # their layers are all run
 
+
 class StateBytes(NamedTuple):
     """Optimizer states: on the device through the allocator, and paged (managed memory)."""
 
@@ -148,7 +149,9 @@ def _run_few(spec: RunSpec, model: Model, optimizer: Optimizer) -> Program:
     return _program(loaded, optimizer, recorder, StepWork(work, last))
 
 
-def all_layers(leaves: dict[str, Tensor], graded: dict[str, DType], layers: int) -> dict[str, Tensor]:
+def all_layers(
+    leaves: dict[str, Tensor], graded: dict[str, DType], layers: int
+) -> dict[str, Tensor]:
     """The leaves of every decoder layer, from those of RUN_LAYERS, in the order they are met. A
     gradient is a dtype here: its bytes are in the recorder."""
     found: dict[str, Tensor] = {}
@@ -177,9 +180,7 @@ def all_layers(leaves: dict[str, Tensor], graded: dict[str, DType], layers: int)
     return found
 
 
-def _program(
-    loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: StepWork
-) -> Program:
+def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: StepWork) -> Program:
     graded = [leaf for leaf in loaded.leaves.values() if leaf.grad is not None]
     if not graded:
         raise InputError(Problem("lora.target_modules", "no trainable parameter gets a gradient"))

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from planner.memory.storage import Block, Instant, Recorder
+from planner.memory.storage import Instant, Recorder
 
 RUN_LAYERS = 4
 
@@ -51,9 +51,7 @@ class MarkedRecorder(Recorder):
 
     def _cut(self, label: str, layer: int, instant: str) -> None:
         work = self.work()
-        self.cuts.append(
-            _Cut(label, layer, len(self.events), len(self.blocks), instant, work)
-        )
+        self.cuts.append(_Cut(label, layer, len(self.events), len(self.blocks), instant, work))
 
     def layer_work(self) -> Snapshot:
         """Work of one layer, forward and backward, in the last micro batch."""

@@ -76,5 +76,3 @@ def parts(rates: Rates, load: Load) -> tuple[Any, Any, Any]:
         load.bytes_s / rates.bandwidth_share,
         load.launches * rates.launch_s,
     )
-
-
