@@ -10,7 +10,10 @@ from planner.models.registry import load_model
 from planner.residuals import Measured, Residual
 
 _LONG_STEP_TOKENS = 4096
-COMMAND = "vramwise calibrate results/records --report results/tables/accuracy.md"
+COMMAND = (
+    "vramwise calibrate results/records --report results/tables/accuracy.md --readme README.md"
+)
+BEGIN, END = "<!-- accuracy: begin", "<!-- accuracy: end -->"
 
 Getter = Callable[[Residual], float | None]
 QUANTITIES: dict[str, Getter] = {
@@ -60,6 +63,27 @@ def report_markdown(rows: Sequence[Residual], refused: Sequence[tuple[Measured, 
     if refused:
         parts += ["## Not predicted", "\n".join(f"- {m.spec.model}: {why}" for m, why in refused)]
     return "\n\n".join(parts) + "\n"
+
+
+def with_accuracy(text: str, rows: Sequence[Residual]) -> str:
+    """A README with its accuracy section remade, between its two marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    held_out = [row for row in rows if row.measured.held_out]
+    families = ", ".join(sorted({load_model(r.measured.spec.model).model_type for r in rows}))
+    section = [
+        f"{BEGIN} (made by `{COMMAND}`) -->",
+        f"On {len(held_out)} records of an H200 that no speed was fitted to (a third of {len(rows)}, "
+        f"chosen by hash; families {families}; torch 2.11, transformers 5.17). No byte is fitted to "
+        "any record: allocated bytes follow from the modelling code, reserved ones from the "
+        "allocator's rules.",
+        table(held_out),
+        boundaries(rows),
+        "By family, quantization and kind, with the worst rows: "
+        "[results/tables/accuracy.md](results/tables/accuracy.md).",
+        END,
+    ]
+    return before + "\n\n".join(section) + after
 
 
 def table(rows: Iterable[Residual]) -> str:

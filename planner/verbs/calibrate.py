@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from planner.accuracy import error_lines, report_markdown
+from planner.accuracy import error_lines, report_markdown, with_accuracy
 from planner.calibration import SHIPPED, read, user_file
 from planner.devices import find_device
 from planner.learn import learn
@@ -22,6 +22,11 @@ def run(arguments: list[str]) -> int:
     if options.report:
         Path(options.report).write_text(report_markdown(rows, refused), encoding="utf-8")
         sys.stdout.write(f"wrote {options.report}\n")
+        if options.readme:
+            readme = Path(options.readme)
+            text = with_accuracy(readme.read_text(encoding="utf-8"), rows)
+            readme.write_text(text, encoding="utf-8")
+            sys.stdout.write(f"wrote the accuracy section of {options.readme}\n")
         return 0
     target = SHIPPED if options.shipped else Path(options.out or user_file())
     kept = read(target) if target.is_file() else {}
@@ -62,4 +67,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", help="where to keep it (default: the user's configuration)")
     parser.add_argument("--shipped", action="store_true", help="write the project's own data")
     parser.add_argument("--report", metavar="FILE", help="write the accuracy report instead")
+    parser.add_argument("--readme", metavar="FILE", help="with --report: its short form, here too")
     return parser
