@@ -17,21 +17,26 @@ _ADD = torch.ops.aten.add.Tensor
 # buffer's, the call's and Python's; a test compares both counts with torch's own decisions.
 _ALONE, _STORAGE_ALONE = 4, 2
 _ENGINE = "_engine_run_backward"
+_WRAPPERS = ("_dynamo/eval_frame.py", "torch/_compile.py")  # torch puts them around modes
 
 
-def sums_in_place(func: Any, args: tuple, frame: int = 2) -> bool:
-    """Whether this call is the engine adding a gradient into one that only it holds.
-
-    `frame`: frames from here to the caller of `__torch_dispatch__`.
-    """
-    if func is not _ADD or torch.is_grad_enabled() or len(args) != 2:
-        return False
-    if sys._getframe(frame).f_code.co_name != _ENGINE:
+def sums_in_place(func: Any, args: tuple) -> bool:
+    """Whether this call is the engine adding a gradient into one that only it holds. To be asked
+    by `__torch_dispatch__` itself."""
+    if func is not _ADD or torch.is_grad_enabled() or len(args) != 2 or not _engine_calls():
         return False
     held, other = args
     if not isinstance(other, torch.Tensor) or held.shape != other.shape:
         return False
     return held._use_count() == _ALONE and _storage_count(held) == _STORAGE_ALONE and _dense(held)
+
+
+def _engine_calls() -> bool:
+    """Whether C++ calls from within `backward()`, no Python function of a node between."""
+    frame = sys._getframe(3)
+    while frame.f_code.co_filename.endswith(_WRAPPERS) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_name == _ENGINE
 
 
 def _storage_count(tensor: torch.Tensor) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from probes.dry.attention import attend
 from probes.dry.autocast import CudaSemantics
 from probes.dry.batch import Batches
 from probes.dry.events import Phase
+from probes.dry.lean_kernels import lean_kernels
 from probes.dry.recorder import Recorder
 from recipes.build import Built, lora_config
 from recipes.lean import LeanOptions, LeanStep
@@ -32,23 +34,6 @@ def adapt_lean(base: PreTrainedModel, spec: RunSpec) -> torch.nn.Module:
     base.requires_grad_(False)
     with torch.device("meta"):
         return get_peft_model(base, lora_config(spec))
-
-
-def _dropout_kernels(p: float, compiled: bool) -> tuple[Any, Any]:
-    """Generated for CUDA: one kernel each, which keeps no mask."""
-    return (lambda x, seed: torch.empty_like(x)), (lambda x, y, seed: torch.empty_like(x))
-
-
-def _entropy_kernel(compiled: bool, softcap: float | None, with_grad: bool) -> Any:
-    """Generated for CUDA: a loss and, where wanted, the gradient in the logits' dtype; between
-    its reductions only a float a row."""
-
-    def entropy(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows = logits.new_empty((logits.shape[0], 1), dtype=torch.float32)
-        loss = rows.new_empty(())
-        return loss, torch.empty_like(logits) if with_grad else None
-
-    return entropy
 
 
 class LeanRun:
@@ -84,20 +69,19 @@ class LeanRun:
         with self._as_on_cuda():
             self.step.evaluate(self.batches.host(self.spec.evaluation_batch_size))
 
-    def _as_on_cuda(self) -> ExitStack:
+    @contextmanager
+    def _as_on_cuda(self) -> Iterator[None]:
         """Attention by CUDA's kernels, also where a layer is recomputed inside backward."""
 
         def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
             return attend(self.recorder, *args, **kwargs)
 
-        stack = ExitStack()
-        stack.enter_context(
-            mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)
-        )
-        stack.enter_context(mock.patch("recipes.dropout._kernels", _dropout_kernels))
-        stack.enter_context(mock.patch("recipes.loss._entropy_kernel", _entropy_kernel))
-        stack.enter_context(self.semantics)
-        return stack
+        with (
+            mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
+            lean_kernels(),
+            self.semantics,
+        ):
+            yield
 
     def _hear(self, name: str, begins: bool) -> None:
         if name not in _PHASES:
