@@ -122,7 +122,7 @@ class Recorder:
         self.live_bytes = live_bytes
 
     def mark(self, label: tuple[str, int]) -> None:
-        """Called where a decoder layer's forward or backward starts; recorders that care keep it."""
+        """Called where a decoder layer's forward or backward starts; some recorders keep it."""
 
     @contextmanager
     def scope(self, module: str) -> Iterator[None]:
