@@ -73,8 +73,9 @@ def with_accuracy(text: str, rows: Sequence[Residual]) -> str:
     families = ", ".join(sorted({load_model(r.measured.spec.model).model_type for r in rows}))
     section = [
         f"{BEGIN} (made by `{COMMAND}`) -->",
-        f"On {len(held_out)} records of an H200 that no speed was fitted to (a third of {len(rows)}, "
-        f"chosen by hash; families {families}; torch 2.11, transformers 5.17). No byte is fitted to "
+        f"On {len(held_out)} records of an H200 that no speed was fitted to (a third of "
+        f"{len(rows)}, chosen by hash; families {families}; torch 2.11, transformers 5.17). No "
+        "byte is fitted to "
         "any record: allocated bytes follow from the modelling code, reserved ones from the "
         "allocator's rules.",
         table(held_out),
