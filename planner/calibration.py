@@ -4,8 +4,7 @@
 version without records is carried over from those with, and its bands are wider.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 import json
 import os
 from functools import lru_cache

@@ -3,8 +3,7 @@
 `extra` names the optional dependency group a verb needs beyond the base install.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from typing import NamedTuple
 
 

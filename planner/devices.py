@@ -4,8 +4,7 @@
 no page states is the chip's documented ratio to its fp32 rate and says so in `sources`.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 import json
 import re
 from collections.abc import Iterable, Mapping

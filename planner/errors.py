@@ -1,7 +1,6 @@
 """The project's exceptions: one root, turned into one line and an exit code by the command line."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 import difflib
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -1,7 +1,6 @@
 """The answer: a run spec and a card become bytes at each instant, seconds, and a verdict."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from typing import Any, Literal, NamedTuple
 
 from planner.devices import Device, find_device, local_device

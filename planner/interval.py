@@ -1,7 +1,6 @@
 """How sure the requirement is: a band from the residuals of like configurations."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from typing import Any, Literal, NamedTuple
 
 from planner.calibration import WIDENING, Band, band_key, calibration_of

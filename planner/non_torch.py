@@ -5,8 +5,7 @@ so cards without a record are bounded by the records' bytes per multiprocessor. 
 carried from one card to another. `data/non_torch.toml` holds the records with their sources.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 import re
 import tomllib
 from functools import lru_cache

@@ -6,8 +6,7 @@ bitsandbytes/optim/optimizer.py (8-bit states above 4,096 elements with an fp32 
 (Adafactor) and trainer.py (embedding tables keep 32-bit states under 8-bit Adam).
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from math import prod
 from typing import Any, NamedTuple
 

@@ -1,7 +1,6 @@
 """One spec's step, run on shadow tensors: what stays, what each instant holds, the work done."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 import gc
 import re
 from collections.abc import Iterator

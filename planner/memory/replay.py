@@ -1,7 +1,6 @@
 """Streams of allocations through the caching allocator: what it reports, and the smallest cap."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from collections.abc import Iterable
 from typing import NamedTuple
 

@@ -5,8 +5,7 @@ and each step meets the layout that the one before it left. Blocks hold what the
 split off, so what torch reports as allocated comes from here too.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from array import array
 from typing import NamedTuple
 

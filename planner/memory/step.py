@@ -5,8 +5,7 @@ autocast around forward, outputs to fp32), torch/nn/utils/clip_grad.py. The step
 second one: optimizer states exist, gradients are None at its start.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple

@@ -7,8 +7,7 @@ repeated for every layer that layer 2 stands for. The result is, event for event
 the layers gives (tests/planner/memory/test_stretch.py).
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -4,8 +4,7 @@ Source: peft 0.21 (tuners/tuners_utils.py `check_target_module_exists`,
 `_maybe_include_all_linear_layers`; tuners/lora/layer.py for the shapes of A and B).
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from math import prod
 from typing import NamedTuple
 

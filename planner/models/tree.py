@@ -1,8 +1,7 @@
 """A model as torch sees it, without torch: every module by its transformers path, with the shapes
 of its parameters. Adapters, quantization and counts are all decided by walking this tree."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

@@ -6,8 +6,7 @@ the host's overlap, so the step takes the larger of the two. The shares are fitt
 device where there are any, else carried over with a wider interval.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from typing import Any, NamedTuple
 
 from planner.calibration import WIDENING, Rates, calibration_of

@@ -1,8 +1,7 @@
 """Chameleon: early fusion. A LLaMA-like decoder with normalised queries and keys, and a VQ
 tokenizer that turns each image into 1,024 tokens of the same vocabulary."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
