@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -47,6 +48,9 @@ class Row:
     required: float | None
     peak_allocated_bytes: int
     traced_peak_allocated_bytes: int
+    failed_cap_bytes: int | None
+    passed_cap_bytes: int | None
+    traced_required_bytes: int | None
     seconds: float
     unknown: str
     phases: str
@@ -70,7 +74,10 @@ def compare(record: Record) -> Row:
         _residue(peak, meters.peak_allocated_bytes),
         _residue(traced.eval_peak_bytes, evaluation.peak_allocated_bytes) if evaluation else None,
         _distance(required, meters.capacity, peak) if meters.capacity else None,
-        meters.peak_allocated_bytes, peak, round(traced.seconds, 1),
+        meters.peak_allocated_bytes, peak,
+        meters.capacity.failed_cap_bytes if meters.capacity else None,
+        meters.capacity.passed_cap_bytes if meters.capacity else None,
+        required or None, round(traced.seconds, 1),
         "; ".join(traced.unknown_operations), _by_phase(traced, record),
     )  # fmt: skip
 
@@ -156,6 +163,29 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def write_band(path: Path, rows: Sequence[Row]) -> None:
+    """The band that `planner.traced` puts around a traced requirement: no bracket of the rows lies
+    outside it."""
+    stacks: dict[str, dict[str, float]] = {}
+    bisected = [row for row in rows if row.traced_required_bytes and row.passed_cap_bytes]
+    for stack in sorted({row.stack for row in bisected}):
+        chosen = [row for row in bisected if row.stack == stack]
+        ratios = [
+            (row.failed_cap_bytes / row.traced_required_bytes,
+             row.passed_cap_bytes / row.traced_required_bytes)
+            for row in chosen
+            if row.failed_cap_bytes and row.passed_cap_bytes and row.traced_required_bytes
+        ]  # fmt: skip
+        if not ratios:
+            continue
+        lows, highs = zip(*ratios, strict=True)
+        stacks[stack] = {"low": round(min(lows) - 1, 4), "high": round(max(highs) - 1, 4),
+                         "records": len(lows)}  # fmt: skip
+    families = sorted({row.family for row in rows})
+    text = json.dumps({"model_types": families, "stacks": stacks}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """A row a record, as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -173,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m probes.dry.accuracy", description=__doc__)
     parser.add_argument("--records", type=Path, default=Path("results/records"))
     parser.add_argument("--tables", type=Path, help="folder to store the tables in")
+    parser.add_argument("--band", type=Path, help="JSON file to store the requirement's band in")
     parser.add_argument("--only", default="", help="records whose setting holds this text")
     given = parser.parse_args(arguments)
     records, faults = read(given.records)
@@ -202,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         title = "<!-- python -m probes.dry.accuracy --tables results/tables -->\n\n"
         text = title + "\n".join(lines) + "\n"
         (given.tables / "dry-probe-accuracy.md").write_text(text, encoding="utf-8")
+    if given.band:
+        write_band(given.band, rows)
     return 1 if faults else 0
 
 

@@ -1,0 +1,80 @@
+"""The fast pools against the block by block allocator, on random streams of large requests, with
+and without a cap: the compiled replay and the one in Python."""
+
+from __future__ import annotations
+
+from array import array
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BYTES
+from planner.memory.pools import CAPPED, RELEASE, Counters, Part, replay_in_python, replay_parts
+from planner.memory.replay import EMPTY_CACHE, replay
+
+MIB = 1 << 20
+BLOCK = 512
+# Few distinct sizes, as a training step has, and some that nothing fits exactly.
+SIZES = st.one_of(
+    st.sampled_from([MIB + BLOCK, 2 * MIB, 5 * MIB, 10 * MIB, 11 * MIB, 21 * MIB, 64 * MIB]),
+    st.integers(SMALL_BYTES // BLOCK + 1, 80 * MIB // BLOCK).map(lambda blocks: blocks * BLOCK),
+)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """(sizes, events): i allocates sizes[i], ~i frees it."""
+    sizes = draw(st.lists(SIZES, min_size=1, max_size=60))
+    events: list[int] = []
+    live: list[int] = []
+    for index in range(len(sizes)):
+        events.append(index)
+        live.append(index)
+        for _ in range(draw(st.integers(0, 2))):
+            if live:
+                events.append(~live.pop(draw(st.integers(0, len(live) - 1))))
+    return sizes, events
+
+
+def _expected(sizes: list[int], events: list[int], cap_bytes: int | None) -> Counters:
+    stream = [(i, sizes[i]) if i >= 0 else (~i, 0) for i in events]
+    again = [(key + len(sizes), size) for key, size in stream]
+    told = replay([*stream, EMPTY_CACHE, *again], cap_bytes=cap_bytes)
+    return Counters(
+        told.ok, told.allocated_bytes, told.peak_allocated_bytes, told.reserved_bytes,
+        told.peak_reserved_bytes, 0, 0,
+    )  # fmt: skip
+
+
+def _parts(sizes: list[int], events: list[int], capped: int) -> list[Part]:
+    """The stream twice, the cache emptied between."""
+    first = _part(sizes, events, 0, capped | RELEASE)
+    return [first, _part(sizes, events, len(sizes), capped)]
+
+
+def _part(sizes: list[int], events: list[int], base: int, flags: int) -> Part:
+    return Part(events=array("q", events), sizes=array("q", sizes), base=base, flags=flags)
+
+
+@settings(max_examples=150, deadline=None)
+@given(streams())
+def test_without_a_cap_every_counter_is_the_allocators(stream: tuple[list[int], list[int]]) -> None:
+    expected = _expected(*stream, None)
+    for run in (replay_parts, replay_in_python):
+        assert run(_parts(*stream, 0)) == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(streams(), st.integers(0, 100))
+def test_under_a_cap_both_pass_or_both_fail(
+    stream: tuple[list[int], list[int]], percent: int
+) -> None:
+    free = _expected(*stream, None)
+    span = free.peak_reserved - free.peak_allocated
+    cap = free.peak_allocated + span * percent // 100 // ROUND_LARGE_BYTES * ROUND_LARGE_BYTES
+    expected = _expected(*stream, cap)
+    for run in (replay_parts, replay_in_python):
+        found = run(_parts(*stream, CAPPED), cap)
+        assert found.ok == expected.ok
+        if found.ok:
+            assert found == expected
