@@ -63,6 +63,7 @@ def card_rows(
     spec: RunSpec, prices: Mapping[str, float] | None = None, devices: Iterable[Device] = ()
 ) -> list[CardRow]:
     """A row a card: those that fit first, the cheapest (or without prices the smallest) on top."""
+    spec = spec.model_copy(update={"device_memory": None})  # each card has its own
     model = load_model(spec.model)
     check(spec, model)
     program = run(spec, model)

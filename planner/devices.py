@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from planner.errors import InputError, Problem, nearest_name
-from planner.units import GIB
+from planner.units import GIB, format_gib
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 UNREAD, BOUND, RATIO = "unread", "bound", "chip ratio to fp32"
@@ -175,6 +175,25 @@ def identify(name: str, total_bytes: int, compute_capability: tuple[int, ...]) -
         compute_capability=(major, minor), marketed_bytes=total_bytes, total_bytes=total_bytes,
         total_source="NVML", sources=dict.fromkeys(slowest.sources, UNREAD), verified=False,
         note=f"not in the data: rates of {slowest.name}, the slowest known of its kind",
+    )  # fmt: skip
+
+
+def any_card(total_bytes: int) -> Device:
+    """A card known by its memory alone, to be safe: of the known cards of the nearest size (those
+    with bf16 units where there are any) the slowest one's rates, the most multiprocessors
+    (context) and the latest compute capability (library workspaces). Unverified."""
+    nearest = min(abs(d.total_bytes - total_bytes) for d in all_devices())
+    size = next(d.marketed_bytes for d in all_devices()
+                if abs(d.total_bytes - total_bytes) == nearest)  # fmt: skip
+    like = [d for d in all_devices() if d.marketed_bytes == size]
+    like = [d for d in like if d.supports_bf16] or like
+    slowest = min(like, key=lambda d: d.fp16_flops_per_s)
+    return slowest._replace(
+        id="any", name=f"card of {format_gib(total_bytes)}", aliases=(), architecture="",
+        compute_capability=max(d.compute_capability for d in like),
+        sm_count=max(d.sm_count for d in like), marketed_bytes=size, total_bytes=total_bytes,
+        total_source="given", sources=dict.fromkeys(slowest.sources, UNREAD), verified=False,
+        note=f"no card is named: speed is that of the slowest known of its size, {slowest.label}",
     )  # fmt: skip
 
 

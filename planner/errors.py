@@ -1,7 +1,6 @@
 """The project's exceptions: one root, turned into one line and an exit code by the command line."""
 
 # Annotations stay objects here: named tuples would compile each string at import.
-import difflib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -60,6 +59,8 @@ class MissingExtraError(VramwiseError):
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or None when nothing is close."""
+    import difflib  # slow to load, and seldom needed
+
     by_folded = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), by_folded, n=1, cutoff=0.5)
     return by_folded[matches[0]] if matches else None

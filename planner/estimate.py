@@ -3,7 +3,7 @@
 # Annotations stay objects here: named tuples would compile each string at import.
 from typing import Any, Literal, NamedTuple
 
-from planner.devices import Device, find_device, local_device
+from planner.devices import Device, any_card, find_device, local_device
 from planner.errors import InputError, Problem
 from planner.interval import Interval, requirement_interval
 from planner.memory.loading import adapter_parameters
@@ -16,6 +16,7 @@ from planner.memory.workspace import (
 )
 from planner.models.registry import Model, load_model
 from planner.non_torch import NonTorch, non_torch
+from planner.notes import notes
 from planner.spec import RunSpec
 from planner.throughput.model import StepTime, step_time
 from planner.verdict import Verdict, verdict
@@ -242,16 +243,16 @@ def host_bytes_of(total_parameters: int) -> int:
 
 
 def device_of(spec: RunSpec) -> Device:
-    """The spec's card, or the local one."""
+    """The spec's card, or the local one, or any card of the spec's memory."""
     if spec.device is not None:
         return find_device(spec.device)
     local = local_device()
-    if local is None:
-        raise InputError(
-            Problem("device", "is needed: no GPU is found here", allowed="--gpu NAME, see "
-                    "`vramwise gpus`")
-        )  # fmt: skip
-    return local
+    if local is not None:
+        return local
+    if spec.device_memory is not None:
+        return any_card(spec.device_memory)
+    allowed = "--gpu NAME, see `vramwise gpus`, or any card by its size: --memory 23.2GiB"
+    raise InputError(Problem("device", "is needed: no GPU is found here", allowed=allowed))
 
 
 def check(spec: RunSpec, model: Model) -> None:
@@ -279,27 +280,3 @@ def check(spec: RunSpec, model: Model) -> None:
                 f"{needed}",
             )
         )
-
-
-def notes(
-    spec: RunSpec, model: Model, device: Device, outside: NonTorch, interval: Interval
-) -> list[str]:
-    """What the user should know beside the figures."""
-    told = []
-    if not model.verified:
-        told.append(f"{model.id}: its config could not be read at a source ({model.note})")
-    positions = model.text.max_position_embeddings
-    if spec.sequence_length > positions:
-        told.append(
-            f"sequence_length {spec.sequence_length} is beyond the model's {positions} positions"
-        )
-    if spec.precision == "bf16" and not device.supports_bf16:
-        told.append(f"{device.label} has no bf16 units: use precision fp16")
-    if spec.attention == "flash_attention_2" and not device.supports_flash_attention_2:
-        told.append(f"{device.label} cannot run flash_attention_2: use sdpa")
-    if outside.status != "measured":
-        told.append("memory outside torch's allocator is bounded, not measured, on this card")
-    if spec.stack == "lean":
-        told.append("lean figures are provisional")
-    told.extend(interval.notes)
-    return told

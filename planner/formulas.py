@@ -59,7 +59,7 @@ def _times(answer: Estimate, device: Device) -> list[Term]:
         f"arithmetic: {answer.flops_per_step:.4g} FLOPs at {rates.matmul_share:.0%} of "
         f"{peak:.4g} TFLOP/s ({spec.precision}, dense; fp32 products at their own rate); memory: "
         f"at {rates.bandwidth_share:.0%} of {bandwidth:.4g} GB/s; launches: "
-        f"{answer.launches_per_step} at {rates.launch_s * 1e6:.3g} us ({time.basis})"
+        f"{answer.launches_per_step:.0f} at {rates.launch_s * 1e6:.3g} us ({time.basis})"
     )
     pace = (
         f"{spec.micro_batch_size} x {spec.sequence_length} x {spec.gradient_accumulation_steps} = "

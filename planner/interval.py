@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 from planner.calibration import WIDENING, Band, band_key, calibration_of
 from planner.models.registry import Model
 from planner.spec import RunSpec
+from planner.versions import release_line, version_notes
 
 Basis = Literal["measured", "calibrated", "traced", "analytic"]
 
@@ -26,12 +27,16 @@ def requirement_interval(
     model's family and the versions, else "analytic" and wider. The allocator is the same on every
     card, so the card does not widen it."""
     calibration, _ = calibration_of(device_id or "h200")
+    unmodelled = version_notes(spec)
     band = calibration.bands.get(band_key(spec.stack, spec.gradient_checkpointing))
     covered = (
         band is not None
         and model.model_type in calibration.model_types
-        and _minor(spec.versions.torch) == _minor(calibration.versions["torch"])
-        and _minor(spec.versions.transformers) == _minor(calibration.versions["transformers"])
+        and all(
+            release_line(getattr(spec.versions, library)) == release_line(version)
+            for library, version in calibration.versions.items()
+        )
+        and not unmodelled
     )
     if band is None:
         bands = calibration.bands.values()
@@ -41,11 +46,8 @@ def requirement_interval(
         _scaled(required_bytes, 1 + factor * band.low),
         _scaled(required_bytes, 1 + factor * band.high),
         "calibrated" if covered else "analytic",
+        unmodelled,
     )
-
-
-def _minor(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
 
 
 def _scaled(size: Any, factor: float) -> Any:

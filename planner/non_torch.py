@@ -2,12 +2,12 @@
 
 The CUDA context grows with the number of multiprocessors and with the kernels that a step loads,
 so cards without a record are bounded by the records' bytes per multiprocessor. Never a constant
-carried from one card to another. `data/non_torch.toml` holds the records with their sources.
+carried from one card to another. `data/non_torch.json` holds the records with their sources.
 """
 
 # Annotations stay objects here: named tuples would compile each string at import.
+import json
 import re
-import tomllib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,7 @@ from planner.devices import Device, find_device
 from planner.spec import RunSpec
 from planner.units import GIB, MIB
 
-_DATA = Path(__file__).with_name("data") / "non_torch.toml"
+_DATA = Path(__file__).with_name("data") / "non_torch.json"
 
 
 class NonTorch(NamedTuple):
@@ -114,7 +114,8 @@ def _per_sm() -> dict[str, tuple[float, str]]:
 
 @lru_cache(maxsize=1)
 def _records() -> dict[str, Any]:
-    return tomllib.loads(_DATA.read_text(encoding="utf-8"))
+    records: dict[str, Any] = json.loads(_DATA.read_text(encoding="utf-8"))
+    return records
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -37,7 +37,8 @@ def requirements(
     if batch_sizes:
         columns = [(f"batch {size}", {"micro_batch_size": size}) for size in batch_sizes]
     else:
-        columns = [(find_device(name).label, {"device": name}) for name in devices]
+        columns = [(find_device(name).label, {"device": name, "device_memory": None})
+                   for name in devices]  # fmt: skip
     rows = []
     for name, fields in METHODS.items():
         specs = [apply(apply(spec, fields), column) for _, column in columns]

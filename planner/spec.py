@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tomllib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -69,14 +68,20 @@ class Lora(Section):
     ] = "all-linear"
 
 
-class Versions(Section):
-    """Library versions whose behaviour moves memory. Defaults: those of the first measured rows."""
+Release = Annotated[str, Field(pattern=r"^\d+\.\d+")]
 
-    torch: str = "2.11.0"
-    transformers: str = "5.17.0"
-    peft: str = "0.21.0"
-    accelerate: str = "1.15.0"
-    bitsandbytes: str = "0.50.2"
+
+class Versions(Section):
+    """Library versions whose behaviour moves memory. Defaults: those of the first measured rows.
+
+    Another release line than the modelled ones widens the interval and is told in the notes.
+    """
+
+    torch: Release = "2.11.0"
+    transformers: Release = "5.17.0"
+    peft: Release = "0.21.0"
+    accelerate: Release = "1.15.0"
+    bitsandbytes: Release = "0.50.2"
 
 
 class Schedule(Section):
@@ -178,6 +183,8 @@ def parse_mapping(text: str, name: str) -> dict[str, Any]:
     """Text of a TOML or JSON object -> mapping; `name` is used in the error."""
     if not text.strip():
         raise InputError(Problem("spec", "is empty", name, "a TOML table or a JSON object"))
+    import tomllib  # slow to load, and not needed for flags
+
     try:
         values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
     except RecursionError:

@@ -14,7 +14,6 @@ from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading
 from planner.memory.pools import CAPPED, RELEASE, RESET, Part, replay_parts
 from planner.memory.program import Program
-from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, replay, smallest_cap
 
 STEPS_TO_PEAK = 2  # the second step has optimizer states
 STEPS_TO_SETTLE = 3  # under a cap the layout of a third step still differs from the second's
@@ -128,6 +127,8 @@ def _first_product(program: Program, start: int) -> int:
 
 def _expandable(parts: list[Part]) -> Reserve:
     """With expandable segments, by the general model."""
+    from planner.memory.replay import RESET_PEAKS, replay, smallest_cap
+
     load = _stream([part for part in parts if part.flags & RELEASE])
     steps = _stream([part for part in parts if not part.flags & RELEASE])
     loaded = replay(load, expandable_segments=True)
@@ -143,6 +144,8 @@ def _expandable(parts: list[Part]) -> Reserve:
 
 
 def _stream(parts: list[Part]) -> list[tuple[int, int]]:
+    from planner.memory.replay import EMPTY_CACHE
+
     events: list[tuple[int, int]] = []
     for part in parts:
         sizes, base = part.sizes, part.base

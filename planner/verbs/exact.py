@@ -8,11 +8,11 @@ from dataclasses import replace
 from planner.devices import Device
 from planner.errors import MissingExtraError, UnsupportedError
 from planner.estimate import Estimate, check, device_of
-from planner.estimate import notes as planner_notes
 from planner.interval import Interval
 from planner.memory.program import run
 from planner.models.registry import Model, load_model
 from planner.non_torch import non_torch
+from planner.notes import notes as planner_notes
 from planner.spec import RunSpec
 from planner.traced import Traced, traced_estimate
 

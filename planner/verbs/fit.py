@@ -74,7 +74,7 @@ def _largest(spec: RunSpec, field: str, as_json: bool) -> int:
         sys.stdout.write(json.dumps(found.as_dict()) + "\n")
     else:
         show(largest_lines(found))
-    return 0 if found.value else 1
+    return 1 if found.value is None or found.answer is None else 0
 
 
 def _exact(spec: RunSpec) -> Estimate:

@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from planner.dtypes import DType
-from planner.memory import vision
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
 from planner.memory.step import Batch
 from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
-from planner.models.chameleon_vq import VqEncoder
 from planner.models.decoder import (
     DecoderGeometry,
     Defaults,
@@ -142,6 +140,8 @@ def forward(
     embeds = decoder.embed(batch.ids)
     features = mask = None  # names of the model's forward: alive until it returns
     if batch.pixels is not None:
+        from planner.memory import vision  # loaded for images alone, as the encoder is
+
         features = _image_features(t, decoder, geometry, batch.pixels)
         mask = vision.placeholder_mask(t, batch.ids)
         embeds = vision.masked_scatter(t, embeds, mask, features)
@@ -156,6 +156,8 @@ def _image_features(
     t: Engine, decoder: Decoder, geometry: ChameleonGeometry, pixels: Tensor
 ) -> Tensor:
     """get_image_features: the embeddings of the images' codes, (N, codes, D)."""
+    from planner.models.chameleon_vq import VqEncoder
+
     encoder = VqEncoder(t, decoder.loaded, geometry.vq, "model.vqmodel.")
     indices, _outputs = encoder.encode(pixels)  # alive until this function returns
     ids = t.new(indices.shape, DType.INT32, "to (codes, from the host)")

@@ -1,0 +1,48 @@
+"""Library versions against those that are modelled: what differs is said, never assumed away.
+
+The modelling code, peft and bitsandbytes are modelled as of the spec's default versions, which are
+also those of the records; torch from 2.11 on, whose later releases the tests trace.
+"""
+
+from __future__ import annotations
+
+import re
+
+from planner.spec import RunSpec, Versions
+
+MODELLED = Versions()
+
+
+def version_notes(spec: RunSpec) -> tuple[str, ...]:
+    """A line for every library of the run whose release line (major.minor) is another than the
+    modelled one; empty where all are the modelled ones."""
+    told = []
+    for library in _libraries(spec):
+        given, known = getattr(spec.versions, library), getattr(MODELLED, library)
+        if release_line(given) == release_line(known):
+            continue
+        if library == "torch" and release_line(given) > release_line(known):
+            told.append(f"torch {given}: no records of it ({known} is measured); interval widened")
+        else:
+            age = "older" if release_line(given) < release_line(known) else "newer"
+            told.append(
+                f"{library} {given} is {age} than the modelled {known}: answered as {known}, "
+                "interval widened; what differs may lie outside it"
+            )
+    return tuple(told)
+
+
+def release_line(version: str) -> tuple[int, ...]:
+    """'2.11.0+cu130' -> (2, 11)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:2])
+
+
+def _libraries(spec: RunSpec) -> list[str]:
+    """The libraries that the run uses."""
+    libraries = ["torch", "transformers", "accelerate"]
+    if spec.method == "lora":
+        libraries.append("peft")
+    eight_bit_or_paged = re.search("bnb|8bit|paged|lion|ademamix", spec.optimizer)
+    if spec.quantization != "none" or eight_bit_or_paged:
+        libraries.append("bitsandbytes")
+    return libraries
