@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 import planner.devices as devices
-from planner.devices import all_devices, find_device, identify, local_device
+from planner.cards import card_rows
+from planner.cli import main
+from planner.devices import all_devices, any_card, find_device, identify, local_device
 from planner.errors import InputError
+from planner.estimate import estimate
 from planner.prices import read_prices
 from planner.units import GIB, MIB
+from tests.planner.tiny import tiny_spec
 
 DATA = json.loads((Path(devices.__file__).parent / "data" / "devices.json").read_text())
 
@@ -202,3 +206,33 @@ def test_prices_are_read_by_any_name(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 3
     with pytest.raises(InputError, match="no such file"):
         read_prices(str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize("gib", [4, 8, 23.2, 40, 80, 300])
+def test_any_card_is_no_better_than_those_of_its_size(gib: float) -> None:
+    size = int(gib * GIB)
+    card = any_card(size)
+    nearest = min(all_devices(), key=lambda d: abs(d.total_bytes - size)).marketed_bytes
+    like = [d for d in all_devices() if d.marketed_bytes == nearest]
+    like = [d for d in like if d.compute_capability >= (8, 0)] or like
+    assert card.total_bytes == size
+    assert not card.verified
+    for device in like:
+        assert card.fp16_flops_per_s <= device.fp16_flops_per_s
+        assert card.sm_count >= device.sm_count
+        assert card.compute_capability >= device.compute_capability
+
+
+def test_memory_alone_names_a_card(capsys: pytest.CaptureFixture[str], tiny: str) -> None:
+    arguments = ["fit", tiny, "--memory", "23.2GiB", "--json"]
+    assert main(arguments) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["device_total_bytes"] == int(23.2 * GIB)
+    assert any("no card is named" in note for note in answer["notes"])
+    known = estimate(tiny_spec(tiny, device="rtx-3090", device_memory="23.2GiB"))
+    assert answer["allocator_required_bytes"] == known.allocator_required_bytes
+
+
+def test_memory_does_not_enlarge_every_card(tiny: str) -> None:
+    rows = card_rows(tiny_spec(tiny, device_memory="40GiB"))
+    assert all(row.fit.total_bytes == row.device.total_bytes for row in rows)
