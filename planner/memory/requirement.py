@@ -14,6 +14,7 @@ from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading
 from planner.memory.pools import CAPPED, RELEASE, RESET, Part, replay_parts
 from planner.memory.program import Program
+from planner.memory.storage import BLOCK_BYTES
 
 STEPS_TO_PEAK = 2  # the second step has optimizer states
 STEPS_TO_SETTLE = 3  # under a cap the layout of a third step still differs from the second's
@@ -148,7 +149,7 @@ def _stream(parts: list[Part]) -> list[tuple[int, int]]:
 
     events: list[tuple[int, int]] = []
     for part in parts:
-        sizes, base = part.sizes, part.base
+        sizes, base = [size or BLOCK_BYTES for size in part.sizes], part.base
         events += [(base + i, sizes[i]) if i >= 0 else (base + ~i, 0) for i in part.events]
         if part.flags & RELEASE:
             events.append(EMPTY_CACHE)
