@@ -28,9 +28,10 @@ def run_dry(arguments: list[str]) -> int:
     timeline = _output(given, "timeline", (".html", ".png"))
     snapshot = _output(given, "snapshot", (".pickle",))
     from probes.dry.exact import answer
+    from probes.dry.target import target_of_spec
     from probes.dry.trace import trace
 
-    traced = trace(spec)
+    traced = trace(spec, target=target_of_spec(spec))
     result = answer(traced)
     if timeline:
         from probes.dry.picture import save_timeline

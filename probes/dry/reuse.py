@@ -16,6 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from planner.errors import UnsupportedError
+from planner.memory.program import paused_collector
 from planner.spec import RunSpec
 from probes.dry.events import Event, Trace
 from probes.dry.recorder import ROUNDING_BYTES
@@ -86,7 +87,8 @@ class Reusable:
         for key, size in self.sizes.items():
             shape = size.shape_at(batch, length)
             sized[key] = (shape, size.bytes_of(shape))
-        events = [_resized(event, sized) for event in self.base.events]
+        with paused_collector():
+            events = [_resized(event, sized) for event in self.base.events]
         return replace(self.base, events=events, evaluation=[], seconds=0.0)
 
 
@@ -159,7 +161,10 @@ def _dimension(points: list[Pair], values: Sequence[int], event: Event) -> Dimen
     if len(set(values)) == 1:
         return Dimension(values[0])
     found = []
+    varied = [len(set(column)) > 1 for column in zip(*points, strict=True)]
     for index, monomial in enumerate(_MONOMIALS):
+        if not all(varied) and index != varied.index(True):
+            continue  # with one of them fixed, b and b·s say the same
         at = [monomial(*point) for point in points]
         pairs = [(m, v) for m, v in zip(at, values, strict=True) if m != at[0]]
         if not pairs:
@@ -178,4 +183,9 @@ def _dimension(points: list[Pair], values: Sequence[int], event: Event) -> Dimen
 
 def _resized(event: Event, sized: dict[int, tuple[tuple[int, ...], int]]) -> Event:
     found = sized.get(event.storage_id)
-    return event if found is None else replace(event, shape=found[0], size_bytes=found[1])
+    if found is None:
+        return event
+    return Event(
+        event.kind, event.storage_id, found[1], event.op, event.module, event.phase, found[0],
+        event.dtype, event.category, event.step, event.section,
+    )  # fmt: skip

@@ -46,9 +46,9 @@ def test_reuse_is_faster_than_a_trace(llama: Any) -> None:
     llama.num_hidden_layers = 8
     spec = make_spec(quantization="none")
     family = reusable(spec, (2, 8), (256, 256), config=llama)
-    started = time.perf_counter()
+    started = time.process_time()
     reused = family.at(4, 256)
-    taken = time.perf_counter() - started
+    taken = time.process_time() - started
     assert reused.peak_live_bytes > family.base.peak_live_bytes
     assert taken < family.base.seconds / 5
 
