@@ -79,14 +79,11 @@ def bands(traced: Trace) -> list[tuple[str, int, int]]:
 
 
 def legend(traced: Trace) -> dict[str, str]:
-    """What the key says of each category that is live at the peak: its words and its bytes there.
-    """
+    """What the key says of each category that is live at the peak: its words and its bytes there."""
     sums = dict.fromkeys(ORDER, 0)
     for row in traced.live_at_peak():
         sums[row.category] += row.size_bytes
-    return {
-        name: f"{name.replace('_', ' ')}  {format_gib(size, 2)}" for name, size in sums.items()
-    }
+    return {name: f"{name.replace('_', ' ')}  {format_gib(size, 2)}" for name, size in sums.items()}
 
 
 def _apply(now: dict[str, int], event: Event) -> None:

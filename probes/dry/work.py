@@ -23,8 +23,7 @@ _SDPA_FORWARD = {
 
 
 class Counter:
-    """Sums operations into the part of the step that runs: the last micro batch, or what follows.
-    """
+    """Sums operations into the part of the step that runs: a micro batch, or the update."""
 
     def __init__(self) -> None:
         self.micro_batch, self.optimizer = Work(), Work()

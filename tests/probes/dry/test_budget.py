@@ -35,8 +35,8 @@ def _measured(**values: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 64])
-def test_a_7b_trace_takes_15_seconds_and_2_gib(batch: int, capsys: Any) -> None:
+def test_a_7b_trace_takes_15_seconds_and_2_gib(capsys: Any) -> None:
+    batch = 64  # sizes are numbers only: a batch of 1 takes as long
     told = _measured(micro_batch_size=batch, gradient_checkpointing=True)
     with capsys.disabled():
         gib = told["rss_bytes"] / 2**30
