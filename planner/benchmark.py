@@ -32,7 +32,7 @@ device = ["rtx-3090", "rtx-4090", "a100-80gb", "h100-80gb-sxm", "h200", "t4", "l
 
 
 def processor_seconds(arguments: tuple[str, ...]) -> float:
-    """User and system time of a fresh interpreter, which other work on the machine disturbs least."""
+    """User and system time of a fresh interpreter: what other work disturbs least."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *arguments], check=False, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -56,8 +56,10 @@ def main() -> None:
         elapsed = time.monotonic() - started
         rows = sum(1 for _ in out.open(encoding="utf-8")) - 1
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"sweep of {rows:,} combinations               {used:.1f} s of processor "
-          f"({rows / used:,.0f} rows/s), {elapsed:.1f} s elapsed, at most {peak:.0f} MiB")  # fmt: skip
+    print(
+        f"sweep of {rows:,} combinations               {used:.1f} s of processor "
+        f"({rows / used:,.0f} rows/s), {elapsed:.1f} s elapsed, at most {peak:.0f} MiB"
+    )
 
 
 if __name__ == "__main__":
