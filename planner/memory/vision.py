@@ -14,12 +14,23 @@ from planner.memory.tensor import Shape, Tensor
 INT64 = DType.INT64
 
 
+def _is_patches(x: Shape, weight: Shape, out: Shape) -> bool:
+    """Whether the kernel tiles the planes: as many steps of its size as fit."""
+    sides = zip(x[2:], weight[2:], out[2:], strict=True)
+    return all(side // kernel == steps for side, kernel, steps in sides)
+
+
 def conv(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None, out_shape: Shape) -> Tensor:
-    """A convolution, in 16 bits under autocast: saves its input and weight. cuDNN's workspace is
-    not among what is counted here."""
+    """A convolution, in 16 bits under autocast: saves its input and weight.
+
+    cuDNN turns planes to channels-last inside, so its workspace holds input and output once more
+    (measured on an H200, torch 2.11); patches (stride = kernel) are products without it.
+    """
     x, weight = t.lower(x), t.lower(weight)
     bias = t.lower(bias) if bias is not None else None
     out = t.new(out_shape, x.dtype, "convolution")
+    if len(weight.shape) == 4 and not _is_patches(x.shape, weight.shape, out_shape):
+        t.new((prod(x.shape) + prod(out_shape),), x.dtype, "cuDNN convolution (workspace)")
     flops = 2 * prod(out_shape) * prod(weight.shape[1:])
     traffic = grad_bytes(x) + grad_bytes(weight) + grad_bytes(out)
     t.count_matmul(flops, traffic, x.dtype)
