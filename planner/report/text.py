@@ -67,7 +67,7 @@ def memory_lines(answer: Estimate) -> list[Line]:
     low, high = answer.device_required_interval_bytes
     lines.append(Line(_row("of the card's", answer.device_total_bytes, "")))
     lines.append(
-        Line(f"  between {_gib(low)} and {format_gib(high)} ({answer.basis}); headroom "
+        Line(f"  between {_gib(low, 2)} and {format_gib(high)} ({answer.basis}); headroom "
              f"{format_gib(answer.headroom_bytes)}", "dim")
     )  # fmt: skip
     return [*lines, Line()]
