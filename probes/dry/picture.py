@@ -79,7 +79,7 @@ def bands(traced: Trace) -> list[tuple[str, int, int]]:
 
 
 def legend(traced: Trace) -> dict[str, str]:
-    """What the key says of each category that is live at the peak: its words and its bytes there."""
+    """What the key says of each category live at the peak: its words and its bytes there."""
     sums = dict.fromkeys(ORDER, 0)
     for row in traced.live_at_peak():
         sums[row.category] += row.size_bytes
