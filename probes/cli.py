@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, Problem, VramwiseError
+from planner.flags import Parser
 from probes.claims import Ledger
 from probes.driver import Card, find_cards, refuse_if_busy
 from probes.grid import Campaign, read_campaign
@@ -36,8 +37,8 @@ def run(argv: list[str]) -> int:
     return _sweep(arguments, campaigns, _chosen(cards, arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="vramwise probe",
         description="Run real training steps and record their memory and speed.",
     )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from planner.errors import InputError, Problem, nearest_name
+from planner.flags import Parser
 from planner.units import GIB
 from probes.records import EVALUATIONS, Record
 from probes.store import latest, read
@@ -44,8 +44,8 @@ def run(argv: list[str]) -> int:
     return 1 if faults else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="vramwise records", description="List, filter and export measured records."
     )
     parser.add_argument("--store", type=Path, default=_DEFAULT_STORE, help="a .jsonl or a folder")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from planner.errors import VramwiseError
+from planner.flags import Parser
 from planner.spec import RunSpec, read_mapping, spec_from_mapping
 from planner.units import format_gib, format_seconds
 
@@ -118,8 +118,8 @@ def _planned_text(planned: dict[str, Any]) -> str:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vramwise train", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="vramwise train", description=__doc__)
     parser.add_argument("spec", help="a TOML or JSON file, - for standard input, or the name of a "
                         "shipped configuration (chameleon-7b-spanish)")  # fmt: skip
     parser.add_argument("--output", default="runs/latest", help="where checkpoints and results go; "

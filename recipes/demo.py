@@ -7,7 +7,6 @@ questions about pictures it was not trained on, before and after.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from planner.flags import Parser
 from planner.spec import RunSpec, spec_from_mapping
 from recipes.cli import report_text
 from recipes.console import note, out
@@ -31,7 +31,7 @@ TRAINING_PICTURES, QUESTIONS, STEPS, SEED = 1500, 200, 900, 0
 
 def run(argv: list[str]) -> int:
     """Entry point of the verb. Exit code 1 where the tuned model is not better than the base."""
-    parser = argparse.ArgumentParser(prog="vramwise demo", description=__doc__)
+    parser = Parser(prog="vramwise demo", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--output", type=Path, help="keep everything here (default: a new folder)")
     arguments = parser.parse_args(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from planner.accuracy import error_lines, report_markdown, with_accuracy
 from planner.calibration import SHIPPED, read, user_file
 from planner.devices import find_device
+from planner.flags import Parser
 from planner.learn import learn
 from planner.residuals import Residual, read_measured, residuals
 
@@ -61,8 +61,8 @@ def _write(target: Path, entries: list[dict[str, object]]) -> None:
     forget()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vramwise calibrate", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="vramwise calibrate", description=__doc__)
     parser.add_argument("records", nargs="+", help=".jsonl files of `vramwise probe`, or folders")
     parser.add_argument("--out", help="where to keep it (default: the user's configuration)")
     parser.add_argument("--shipped", action="store_true", help="write the project's own data")

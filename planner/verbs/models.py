@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import Any
 
+from planner.flags import Parser
 from planner.models.registry import Model, aliases_of, catalogue, load_model
 
 
@@ -38,8 +38,8 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vramwise models", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="vramwise models", description=__doc__)
     parser.add_argument("name", nargs="?", help="a name, an id, a folder or a config.json")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
