@@ -16,6 +16,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -93,7 +94,7 @@ def build(spec: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
     _complete_vocabulary(config)
     config._attn_implementation = spec.attention
     cls = model_class(config)
-    with torch.device("meta"), transformers.initialization.no_init_weights(), _refused("model"):
+    with torch.device("meta"), no_init_weights(), _refused("model"):
         model = cls._from_config(config, dtype=weights_dtype(spec))
     model.tie_weights()
     model.config.use_cache = False  # TrainingArguments.use_cache
