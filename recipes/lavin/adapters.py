@@ -89,7 +89,7 @@ class MixtureOfModalityAdapter(nn.Module):
         and nothing as wide as the layer is kept for their gradient."""
         first, second = self.up
         both = torch.cat([first.dense(), second.dense()], dim=1)  # type: ignore[operator]
-        bias = w0 * first.bias.to(h.dtype) + w1 * second.bias.to(h.dtype)  # type: ignore[operator, union-attr]
+        bias = w0 * first.bias.to(h.dtype) + w1 * second.bias.to(h.dtype)  # type: ignore[operator]
         return F.linear(torch.cat([w0 * h, w1 * h], dim=-1), both) + bias
 
 

@@ -63,7 +63,7 @@ _SIZES: dict[str, tuple[int, int, int, int, float]] = {
 
 
 def lavin_config(size: str, **changes: Any) -> LavinConfig:
-    """ "7b", "13b", "65b" or "tiny" (also as "lavin-7b") -> the configuration, `changes` applied."""
+    """7b, 13b, 65b or tiny (also as lavin-7b) -> the configuration, `changes` applied."""
     name = size.lower().removeprefix("lavin-")
     if name == "tiny":
         return replace(tiny_config(), **changes)

@@ -56,7 +56,7 @@ class Lavin(nn.Module):
         vision.requires_grad_(False)
         self.language, self.vision, self.config = language, vision, config
         width, depth = config.text.hidden_size, config.vision.hidden_size
-        device = language.get_input_embeddings().weight.device
+        device: Any = language.get_input_embeddings().weight.device
         insert_adapters(language.model.layers, LLAMA_NORMS, config.text_adapters, width, config)
         insert_adapters(
             vision.encoder.layers, CLIP_NORMS, config.vision_adapters, depth, config,
