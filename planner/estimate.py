@@ -17,7 +17,7 @@ from planner.memory.workspace import (
 from planner.models.registry import Model, load_model
 from planner.non_torch import NonTorch, non_torch
 from planner.notes import notes
-from planner.spec import RunSpec
+from planner.spec import RunSpec, plain_values
 from planner.throughput.model import StepTime, step_time
 from planner.verdict import Verdict, verdict
 
@@ -80,7 +80,7 @@ class Estimate(NamedTuple):
         values["parameters"] = self.parameters._asdict()
         values["time"] = self.time._asdict()
         values["terms"] = [term.as_dict() for term in self.terms]
-        values["spec"] = self.spec.model_dump(mode="json")
+        values["spec"] = plain_values(self.spec)
         return values
 
 

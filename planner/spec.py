@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from planner.errors import InputError, Problem, nearest_name
+from planner.spec_plain import plainly_valid
 from planner.units import parse_bytes
 
 # What `transformers.TrainingArguments(optim=...)` takes (transformers 5.17, training_args.py).
@@ -49,11 +50,13 @@ def _as_names(value: object) -> object:
 
 
 class Section(BaseModel):
-    """A strict, frozen part of the spec: unknown keys are refused."""
+    """A strict, frozen part of the spec: unknown keys are refused. Its validator is built on first
+    use: what is plainly valid never needs it (planner.spec_plain)."""
 
     model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
-    )
+        frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False,
+        defer_build=True,
+    )  # fmt: skip
 
 
 class Lora(Section):
@@ -136,7 +139,7 @@ class RunSpec(Section):
     double_quant: bool = True
     weights_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    lora: Lora = Lora()
+    lora: Lora = Lora.model_construct()
     micro_batch_size: Count = 1
     sequence_length: Count = 512
     images_per_sample: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -148,8 +151,8 @@ class RunSpec(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     expandable_segments: bool = False
     evaluation_batch_size: Annotated[int, Field(ge=0, le=2**20)] = 0
-    versions: Versions = Versions()
-    schedule: Schedule = Schedule()
+    versions: Versions = Versions.model_construct()
+    schedule: Schedule = Schedule.model_construct()
     data: Data | None = None
     evaluation: Evaluation | None = None
     vocabulary: Vocabulary | None = None
@@ -159,10 +162,24 @@ class RunSpec(Section):
 
 def spec_from_mapping(values: Mapping[str, Any]) -> RunSpec:
     """Validate a mapping into a RunSpec; raises InputError naming every bad field at once."""
+    spec = plainly_valid(RunSpec, values)
+    if spec is not None:
+        return spec
     try:
         return RunSpec.model_validate(dict(values))
     except ValidationError as error:
         raise InputError(_problems(error)) from None
+
+
+def plain_values(section: BaseModel) -> dict[str, Any]:
+    """`section.model_dump(mode="json")`, without building pydantic's serializer."""
+    return {name: _plain_value(value) for name, value in section.__dict__.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return plain_values(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_mapping(source: str) -> dict[str, Any]:

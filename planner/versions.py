@@ -10,7 +10,7 @@ import re
 
 from planner.spec import RunSpec, Versions
 
-MODELLED = Versions()
+MODELLED = Versions.model_construct()
 
 
 def version_notes(spec: RunSpec) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 /* torch's caching allocator: planner/memory/pools.py, in C, for speed.
  *
  * replay(parts, cap) -> (ok, allocated, peak_allocated, reserved, peak_reserved, small, small_peak)
+ * smallest_cap(parts, again, low, high, step, resolution) -> cap
+ * shifted(events, starts, shifts) -> events
  *
  * parts: a sequence of (events, sizes, base, flags). events: int64, i to allocate sizes[i], ~i to
  * release it; sizes: int64 bytes; base: added to i, so that parts may share or keep apart their
@@ -27,7 +29,11 @@ typedef struct {
     Free *frees; int32_t free_count, free_room;
     int32_t *held; int64_t held_room;
     int64_t next_address, allocated, peak_allocated, reserved, peak_reserved, small, small_peak;
+    int64_t refused; /* the least of the reserves that a cap has refused */
 } Pool;
+
+typedef struct { Py_buffer events, sizes; int64_t base; int flags; } Part;
+typedef struct { Py_ssize_t part, event; } Place;
 
 static int find(const Pool *p, int64_t size, int64_t address) {
     int32_t low = 0, high = p->free_count;
@@ -107,8 +113,9 @@ static int give(Pool *p, int64_t key) {
     return keep(p, block);
 }
 
-/* 1: taken; 0: the cap is too small; -1: no memory here. */
-static int take(Pool *p, int64_t key, int64_t size, int64_t cap) {
+/* 1: taken; 0: the cap is too small; -1: no memory here; 2: more than `stop` would be reserved
+ * (nothing is done then; -1 for no stop). */
+static int take(Pool *p, int64_t key, int64_t size, int64_t cap, int64_t stop) {
     int32_t block, place = find(p, size, 0);
     if (place < p->free_count) {
         block = p->frees[place].block;
@@ -117,9 +124,14 @@ static int take(Pool *p, int64_t key, int64_t size, int64_t cap) {
     } else {
         int64_t segment = size < MIN_LARGE
             ? LARGE_BUFFER : (size + ROUND_LARGE - 1) / ROUND_LARGE * ROUND_LARGE;
+        if (stop >= 0 && p->reserved + segment > stop) return 2;
         if (cap >= 0 && p->reserved + segment > cap) {
+            if (p->reserved + segment < p->refused) p->refused = p->reserved + segment;
             release_cached(p);
-            if (p->reserved + segment > cap) return 0;
+            if (p->reserved + segment > cap) {
+                if (p->reserved + segment < p->refused) p->refused = p->reserved + segment;
+                return 0;
+            }
         }
         p->reserved += segment;
         if (p->reserved > p->peak_reserved) p->peak_reserved = p->reserved;
@@ -142,19 +154,22 @@ static int take(Pool *p, int64_t key, int64_t size, int64_t cap) {
     return 1;
 }
 
-static int run(Pool *p, const int64_t *events, Py_ssize_t count, const int64_t *sizes,
-               Py_ssize_t blocks, int64_t base, int64_t cap) {
+/* A part from `*at` on; where it stops is left there. */
+static int run(Pool *p, const Part *part, Py_ssize_t *at, int64_t cap, int64_t stop) {
+    const int64_t *events = part->events.buf, *sizes = part->sizes.buf, base = part->base;
+    Py_ssize_t count = part->events.len / 8, blocks = part->sizes.len / 8;
+    if (base < 0) return -2;
     if (base + blocks > p->held_room) {
         int64_t room = 2 * (base + blocks);
         int32_t *grown = realloc(p->held, room * sizeof(int32_t));
         if (!grown) return -1;
         p->held = grown; p->held_room = room;
     }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        int64_t index = events[i] >= 0 ? events[i] : ~events[i];
+    for (; *at < count; ++*at) {
+        int64_t event = events[*at], index = event >= 0 ? event : ~event;
         if (index >= blocks) return -2;
         int64_t size = sizes[index];
-        if (events[i] < 0) {
+        if (event < 0) {
             if (size <= SMALL) p->small -= size;
             else if (!give(p, base + index)) return -1;
             continue;
@@ -163,7 +178,7 @@ static int run(Pool *p, const int64_t *events, Py_ssize_t count, const int64_t *
             p->small += size;
             if (p->small > p->small_peak) p->small_peak = p->small;
         } else {
-            int taken = take(p, base + index, size, cap);
+            int taken = take(p, base + index, size, cap, stop);
             if (taken != 1) return taken;
         }
         if (p->allocated + p->small > p->peak_allocated)
@@ -172,48 +187,217 @@ static int run(Pool *p, const int64_t *events, Py_ssize_t count, const int64_t *
     return 1;
 }
 
-static PyObject *replay(PyObject *self, PyObject *args) {
-    PyObject *parts;
-    long long cap;
-    if (!PyArg_ParseTuple(args, "OL", &parts, &cap)) return NULL;
-    PyObject *items = PySequence_Fast(parts, "parts is a sequence");
-    if (!items) return NULL;
-    Pool pool = {0};
-    int state = 1;
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items) && state == 1; i++) {
-        Py_buffer events, sizes;
-        long long base;
-        int flags;
-        if (!PyArg_ParseTuple(PySequence_Fast_GET_ITEM(items, i), "y*y*Li", &events, &sizes, &base,
-                              &flags)) {
-            state = -3;
-            break;
+/* Parts from `*at` on. `stop` holds where the cap does. */
+static int run_all(Pool *p, const Part *parts, Py_ssize_t count, Place *at, int64_t cap,
+                   int64_t stop) {
+    for (; at->part < count; at->part++, at->event = 0) {
+        const Part *part = &parts[at->part];
+        int capped = part->flags & CAPPED;
+        if (part->flags & RESET && at->event == 0) {
+            p->peak_allocated = p->allocated + p->small;
+            p->peak_reserved = p->reserved;
         }
-        if (flags & RESET) {
-            pool.peak_allocated = pool.allocated + pool.small;
-            pool.peak_reserved = pool.reserved;
-        }
-        state = base < 0 ? -2 : run(&pool, events.buf, events.len / 8, sizes.buf, sizes.len / 8,
-                                    base, flags & CAPPED ? cap : -1);
-        if (flags & RELEASE) release_cached(&pool);
-        PyBuffer_Release(&events);
-        PyBuffer_Release(&sizes);
+        int state = run(p, part, &at->event, capped ? cap : -1, capped ? stop : -1);
+        if (state != 1) return state;
+        if (part->flags & RELEASE) release_cached(p);
     }
-    free(pool.blocks);
-    free(pool.frees);
-    free(pool.held);
+    return 1;
+}
+
+static void drop_parts(Part *parts, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyBuffer_Release(&parts[i].events);
+        PyBuffer_Release(&parts[i].sizes);
+    }
+    PyMem_Free(parts);
+}
+
+static Part *read_parts(PyObject *sequence, Py_ssize_t *count) {
+    PyObject *items = PySequence_Fast(sequence, "parts is a sequence");
+    if (!items) return NULL;
+    *count = PySequence_Fast_GET_SIZE(items);
+    Part *parts = PyMem_Calloc(*count + 1, sizeof(Part));
+    if (!parts) PyErr_NoMemory();
+    for (Py_ssize_t i = 0; parts && i < *count; i++) {
+        long long base;
+        if (!PyArg_ParseTuple(PySequence_Fast_GET_ITEM(items, i), "y*y*Li", &parts[i].events,
+                              &parts[i].sizes, &base, &parts[i].flags)) {
+            drop_parts(parts, i);
+            parts = NULL;
+        } else
+            parts[i].base = base;
+    }
     Py_DECREF(items);
+    return parts;
+}
+
+static void drop_pool(Pool *p) {
+    free(p->blocks);
+    free(p->frees);
+    free(p->held);
+    memset(p, 0, sizeof(Pool));
+}
+
+/* `to` becomes a copy of `from`; what it had is dropped. */
+static int copy_pool(Pool *to, const Pool *from) {
+    drop_pool(to);
+    *to = *from;
+    to->blocks = malloc((from->room + 1) * sizeof(Block));
+    to->frees = malloc((from->free_room + 1) * sizeof(Free));
+    to->held = malloc((from->held_room + 1) * sizeof(int32_t));
+    if (!to->blocks || !to->frees || !to->held) return -1;
+    if (from->count) memcpy(to->blocks, from->blocks, from->count * sizeof(Block));
+    if (from->free_count) memcpy(to->frees, from->frees, from->free_count * sizeof(Free));
+    if (from->held_room) memcpy(to->held, from->held, from->held_room * sizeof(int32_t));
+    return 1;
+}
+
+static PyObject *failed(int state) {
     if (state == -1) return PyErr_NoMemory();
     if (state == -2) PyErr_SetString(PyExc_ValueError, "malformed events");
-    if (state < 0) return NULL;
-    return Py_BuildValue(
+    return NULL;
+}
+
+static PyObject *replay(PyObject *self, PyObject *args) {
+    PyObject *sequence;
+    long long cap;
+    Py_ssize_t count;
+    if (!PyArg_ParseTuple(args, "OL", &sequence, &cap)) return NULL;
+    Part *parts = read_parts(sequence, &count);
+    if (!parts) return NULL;
+    Pool pool = {0};
+    Place at = {0, 0};
+    int state = run_all(&pool, parts, count, &at, cap, -1);
+    drop_parts(parts, count);
+    PyObject *result = state < 0 ? failed(state) : Py_BuildValue(
         "(OLLLLLL)", state ? Py_True : Py_False, (long long)(pool.allocated + pool.small),
         (long long)pool.peak_allocated, (long long)pool.reserved, (long long)pool.peak_reserved,
         (long long)pool.small, (long long)pool.small_peak);
+    drop_pool(&pool);
+    return result;
+}
+
+/* The search of planner/memory/pools.py, smallest_cap, with fewer replays. What comes before more
+ * than `low` is reserved is the same under every cap, and run once. A replay is the same under all
+ * caps between the most that it reserved and the least that was refused it. */
+typedef struct {
+    const Part *parts; Py_ssize_t count;
+    Pool before, pool; Place at; /* the common start, and a replay from it */
+    int64_t passes_from, fails_below; /* the caps known by the last replays of either outcome */
+    Pool passed; int64_t passed_from, passed_below; /* the state that the last success left */
+} Search;
+
+/* 1 or 0: the parts complete under `cap` or not. */
+static int completes(Search *s, int64_t cap) {
+    if (cap >= s->passes_from) return 1; /* the search only goes down from a success */
+    if (cap < s->fails_below) return 0; /* and up from a failure */
+    if (copy_pool(&s->pool, &s->before) < 0) return -1;
+    Place at = s->at;
+    s->pool.refused = INT64_MAX;
+    int state = run_all(&s->pool, s->parts, s->count, &at, cap, -1);
+    if (state == 0) s->fails_below = s->pool.refused;
+    if (state == 1) {
+        Pool spare = s->passed;
+        s->passed = s->pool;
+        s->pool = spare;
+        s->passes_from = s->passed_from = s->passed.peak_reserved;
+        s->passed_below = s->passed.refused;
+    }
+    return state;
+}
+
+/* 1 or 0: `again` completes after the parts, or not. */
+static int settles(Search *s, const Part *again, int64_t cap) {
+    if (!s->passed.blocks || cap < s->passed_from || cap >= s->passed_below) {
+        s->passes_from = INT64_MAX;
+        s->fails_below = -1;
+        int state = completes(s, cap);
+        if (state != 1) return state;
+    }
+    if (copy_pool(&s->pool, &s->passed) < 0) return -1;
+    Py_ssize_t event = 0;
+    return run(&s->pool, again, &event, cap, -1);
+}
+
+static int search(Search *s, const Part *again, int64_t low, int64_t high, int64_t step,
+                  int64_t resolution, int64_t *found) {
+    s->passes_from = INT64_MAX;
+    s->fails_below = -1;
+    int state = run_all(&s->before, s->parts, s->count, &s->at, -1, low);
+    if (state < 0) return state;
+    s->before.peak_reserved = s->before.reserved;
+    if (high < low) high = low;
+    low--;
+    while (high - low > (step > high / resolution ? step : high / resolution)) {
+        int64_t middle = (low + high) / 2;
+        state = completes(s, middle);
+        if (state < 0) return state;
+        if (state) high = middle;
+        else low = middle;
+    }
+    while ((state = settles(s, again, high)) == 0)
+        high += step > high / resolution ? step : high / resolution;
+    *found = high;
+    return state;
+}
+
+static PyObject *smallest_cap(PyObject *self, PyObject *args) {
+    PyObject *first, *again;
+    long long low, high, step, resolution;
+    Py_ssize_t count, one;
+    if (!PyArg_ParseTuple(args, "OOLLLL", &first, &again, &low, &high, &step, &resolution))
+        return NULL;
+    if (step < 1 || resolution < 1 || low < 0) return failed(-2);
+    Part *parts = read_parts(first, &count);
+    if (!parts) return NULL;
+    PyObject *tuple = PyTuple_Pack(1, again);
+    Part *later = tuple ? read_parts(tuple, &one) : NULL;
+    Py_XDECREF(tuple);
+    if (!later) {
+        drop_parts(parts, count);
+        return NULL;
+    }
+    Search s = {.parts = parts, .count = count};
+    int64_t found = 0;
+    int state = search(&s, later, low, high, step, resolution, &found);
+    drop_pool(&s.before);
+    drop_pool(&s.pool);
+    drop_pool(&s.passed);
+    drop_parts(parts, count);
+    drop_parts(later, one);
+    return state < 0 ? failed(state) : PyLong_FromLongLong(found);
+}
+
+/* Events with every index i moved by the shift of its stretch: shifts[r] where
+ * starts[r] <= i < starts[r + 1]. All three are int64; starts ascend. */
+static PyObject *shifted(PyObject *self, PyObject *args) {
+    Py_buffer events, starts, shifts;
+    if (!PyArg_ParseTuple(args, "y*y*y*", &events, &starts, &shifts)) return NULL;
+    const int64_t *from = events.buf, *start = starts.buf, *shift = shifts.buf;
+    Py_ssize_t stretches = starts.len / 8, place = 0;
+    PyObject *result = NULL;
+    if (!stretches || shifts.len != starts.len) {
+        failed(-2);
+    } else if ((result = PyBytes_FromStringAndSize(NULL, events.len))) {
+        int64_t *to = (int64_t *)PyBytes_AS_STRING(result);
+        for (Py_ssize_t i = 0; i < events.len / 8; i++) {
+            int64_t index = from[i] >= 0 ? from[i] : ~from[i];
+            while (place + 1 < stretches && index >= start[place + 1]) place++;
+            while (place > 0 && index < start[place]) place--;
+            index += shift[place];
+            to[i] = from[i] >= 0 ? index : ~index;
+        }
+    }
+    PyBuffer_Release(&events);
+    PyBuffer_Release(&starts);
+    PyBuffer_Release(&shifts);
+    return result;
 }
 
 static PyMethodDef methods[] = {
     {"replay", replay, METH_VARARGS, "Replay parts of events under a cap (-1: none)."},
+    {"smallest_cap", smallest_cap, METH_VARARGS, "The smallest cap under which parts complete."},
+    {"shifted", shifted, METH_VARARGS, "Events with their indices moved."},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_replay", NULL, -1, methods};

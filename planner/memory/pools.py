@@ -13,7 +13,7 @@ a training step meets a free block of just its size.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ from planner.memory.allocator import (
 
 try:
     from planner.memory import _replay  # type: ignore[attr-defined]
+
+    if not hasattr(_replay, "shifted"):  # built from an older source
+        _replay = None
 except ImportError:  # no compiler at installation
     _replay = None
 
@@ -67,6 +70,45 @@ def replay_parts(parts: Sequence[Part], cap_bytes: int = -1) -> Counters:
     if _replay is None:
         return replay_in_python(parts, cap_bytes)
     return Counters(*_replay.replay(parts, cap_bytes))
+
+
+def smallest_cap(
+    parts: Sequence[Part], again: Part, low: int, high: int, resolution: int
+) -> int:  # fmt: skip
+    """The smallest cap on the large pool under which `parts` complete, then as much more as
+    `again` wants after them. Bisected in [low, high], to a part in `resolution`."""
+    if _replay is not None:
+        found: int = _replay.smallest_cap(parts, again, low, high, ROUND_LARGE_BYTES, resolution)
+        return found
+    return smallest_cap_in_python(parts, again, low, high, resolution)
+
+
+def smallest_cap_in_python(
+    parts: Sequence[Part], again: Part, low: int, high: int, resolution: int
+) -> int:  # fmt: skip
+    """`smallest_cap` without the compiled module."""
+    low, high = low - 1, max(high, low)
+    while high - low > max(ROUND_LARGE_BYTES, high // resolution):
+        middle = (low + high) // 2
+        if replay_parts(parts, middle).ok:
+            high = middle
+        else:
+            low = middle
+    while not replay_parts([*parts, again], high).ok:
+        high += max(ROUND_LARGE_BYTES, high // resolution)
+    return high
+
+
+def shifted(events: array[int], starts: array[int], shifts: array[int]) -> array[int]:
+    """Events with each index i moved by shifts[r], where starts[r] <= i < starts[r + 1]."""
+    if _replay is not None:
+        return array("q", _replay.shifted(events, starts, shifts))
+    moved = array("q")
+    for event in events:
+        index = event if event >= 0 else ~event
+        index += shifts[bisect_right(starts, index) - 1]
+        moved.append(index if event >= 0 else ~index)
+    return moved
 
 
 def replay_in_python(parts: Sequence[Part], cap_bytes: int = -1) -> Counters:

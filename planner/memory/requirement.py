@@ -9,15 +9,13 @@ split off, so what torch reports as allocated comes from here too.
 from array import array
 from typing import NamedTuple
 
-from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BUFFER_BYTES
+from planner.memory.allocator import SMALL_BUFFER_BYTES
 from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading
-from planner.memory.pools import CAPPED, RELEASE, RESET, Part, replay_parts
+from planner.memory.pools import CAPPED, RELEASE, RESET, Part, replay_parts, smallest_cap
 from planner.memory.program import Program
 from planner.memory.storage import BLOCK_BYTES
 
-STEPS_TO_PEAK = 2  # the second step has optimizer states
-STEPS_TO_SETTLE = 3  # under a cap the layout of a third step still differs from the second's
 RESOLUTION = 400  # the smallest cap is sought to a part in so many
 
 
@@ -54,22 +52,8 @@ def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -
 
 def _smallest_cap(load: list[Part], first: list[Part], later: Part, low: int, high: int) -> int:
     """Bisected over two steps; then as much more as a third step wants."""
-    first = [part._replace(flags=CAPPED) for part in first]
-    later = later._replace(flags=CAPPED)
-
-    def completes(cap: int, steps: int) -> bool:
-        return replay_parts([*load, *first, *[later] * (steps - 1)], cap).ok
-
-    low, high = low - 1, max(high, low)
-    while high - low > max(ROUND_LARGE_BYTES, high // RESOLUTION):
-        middle = (low + high) // 2
-        if completes(middle, STEPS_TO_PEAK):
-            high = middle
-        else:
-            low = middle
-    while not completes(high, STEPS_TO_SETTLE):
-        high += max(ROUND_LARGE_BYTES, high // RESOLUTION)
-    return high
+    capped = [part._replace(flags=CAPPED) for part in (*first, later)]
+    return smallest_cap([*load, *capped], capped[-1], low, high, RESOLUTION)
 
 
 def loading_parts(program: Program) -> list[Part]:

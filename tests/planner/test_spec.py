@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from planner.errors import InputError
-from planner.spec import RunSpec, parse_mapping, spec_from_mapping
+from planner.spec import RunSpec, parse_mapping, plain_values, spec_from_mapping
+from planner.spec_plain import plainly_valid
 from planner.units import GIB, parse_bytes
 
 
@@ -75,3 +76,47 @@ def test_any_text_is_a_mapping_or_an_input_error(text: str) -> None:
         assert isinstance(parse_mapping(text, "text"), dict)
     except InputError:
         return
+
+
+_SCALARS = (
+    st.none() | st.booleans() | st.integers(-2, 2**54) | st.floats() | st.just("all-linear")
+    | st.sampled_from(["nf4", "lora", "fp16", "eager", "sgd", "23GiB", "q_proj,lm_head", "", "é"])
+)  # fmt: skip
+_SECTIONS = {
+    "lora": ["rank", "alpha", "dropout", "target_modules", "bogus"],
+    "schedule": ["samples", "epochs", "learning_rate", "warmup_steps", "bogus"],
+    "versions": ["torch", "bogus"],
+}
+
+
+@st.composite
+def _mappings(draw: st.DrawFn) -> dict[str, object]:
+    names = st.sampled_from([name for name in RunSpec.model_fields if name not in _SECTIONS])
+    values: dict[str, object] = {"model": "m", **draw(st.dictionaries(names, _SCALARS, max_size=3))}
+    for section, keys in _SECTIONS.items():
+        if draw(st.booleans()):
+            values[section] = draw(st.dictionaries(st.sampled_from(keys), _SCALARS, max_size=2))
+    return values
+
+
+@settings(max_examples=600)
+@given(_mappings())
+def test_what_is_plainly_valid_is_what_pydantic_makes(values: dict[str, object]) -> None:
+    plain = plainly_valid(RunSpec, values)
+    if plain is None:  # pydantic's to say: a field that it takes may be here too
+        return
+    spec = RunSpec.model_validate(values)
+    assert plain == spec
+    assert plain.model_dump_json() == spec.model_dump_json()
+    assert plain.model_fields_set == spec.model_fields_set
+    assert plain_values(plain) == spec.model_dump(mode="json")
+
+
+def test_what_people_write_is_plainly_valid() -> None:
+    values = {"model": "m", "device_memory": "23.2GiB", "micro_batch_size": 4, "optimizer": "sgd",
+              "lora": {"rank": 8, "alpha": 16, "target_modules": "q_proj,v_proj"},
+              "schedule": {"samples": 100}}  # fmt: skip
+    assert plainly_valid(RunSpec, values) is not None
+    for wrong in ({"micro_batch_size": 0}, {"micro_batch_size": True}, {"lora": {"rank": 2.0}},
+                  {"bogus": 1}, {"quantization": "nf5"}):  # fmt: skip
+        assert plainly_valid(RunSpec, {**values, **wrong}) is None

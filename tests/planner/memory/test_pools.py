@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BYTES
-from planner.memory.pools import CAPPED, RELEASE, Counters, Part, replay_in_python, replay_parts
+from planner.memory.pools import (
+    CAPPED,
+    RELEASE,
+    Counters,
+    Part,
+    replay_in_python,
+    replay_parts,
+    shifted,
+    smallest_cap,
+    smallest_cap_in_python,
+)
 from planner.memory.replay import EMPTY_CACHE, replay
 
 MIB = 1 << 20
@@ -78,3 +88,30 @@ def test_under_a_cap_both_pass_or_both_fail(
         assert found.ok == expected.ok
         if found.ok:
             assert found == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(streams(), streams(), st.integers(1, 400))
+def test_the_smallest_cap_is_that_of_a_plain_bisection(
+    load: tuple[list[int], list[int]], step: tuple[list[int], list[int]], resolution: int
+) -> None:
+    before = _part(*load, 0, RELEASE)
+    first = _part(*step, len(load[0]), CAPPED)
+    later = _part(*step, len(load[0]) + len(step[0]), CAPPED)
+    again = later._replace(base=later.base + len(step[0]))
+    parts = [before, first, later]
+    free = replay_in_python(parts)
+    bounds = (free.allocated, free.peak_reserved, resolution)
+    expected = smallest_cap_in_python(parts, again, *bounds)
+    assert smallest_cap(parts, again, *bounds) == expected
+    assert replay_in_python([*parts, again], expected).ok
+
+
+@given(st.lists(st.integers(0, 99), max_size=50), st.lists(st.integers(0, 9), min_size=10,
+                                                            max_size=10))  # fmt: skip
+def test_indices_move_by_the_shift_of_their_stretch(indices: list[int], shifts: list[int]) -> None:
+    starts = array("q", range(0, 100, 10))
+    events = array("q", [index if index % 2 else ~index for index in indices])
+    moved = [index + shifts[index // 10] for index in indices]
+    expected = [new if index % 2 else ~new for index, new in zip(indices, moved, strict=True)]
+    assert list(shifted(events, starts, array("q", shifts))) == expected
