@@ -20,6 +20,12 @@ Batch = dict[str, Tensor]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(built: BuiltLavin) -> torch.autocast:
+    """The context that the spec's precision computes in."""
+    dtype = _AUTOCAST.get(built.spec.precision)
+    return torch.autocast(built.device.type, dtype, enabled=dtype is not None)
+
+
 class LavinStep:
     """`loss = step.step(batches)`: the optimizer of the spec's name as Trainer makes it, and its
     linear schedule. Dropout is a function of the spec's seed and the step alone."""
@@ -62,8 +68,7 @@ class LavinStep:
         """The model's output on a batch of the host, under the spec's autocast."""
         kind = self.built.device.type
         sent = {key: value.to(kind, non_blocking=True) for key, value in batch.items()}
-        dtype = _AUTOCAST.get(self.spec.precision)
-        with torch.autocast(kind, dtype, enabled=dtype is not None):
+        with autocast(self.built):
             return self.model(**sent, **language)
 
     def state_dict(self) -> dict[str, Any]:
