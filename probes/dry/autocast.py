@@ -4,7 +4,7 @@ of ATen/autocast_mode.h, with its cache of casts."""
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,8 +45,17 @@ class CudaSemantics(TorchFunctionMode):
             return self._dropout(func, *args, **kwargs)
         if func is torch.tensor and str(kwargs.get("device")) == "meta":
             return values.constant(*args, **kwargs)
-        if self.dtype is not None:
-            args, kwargs = self._autocast(name, args, kwargs)
+        if self.dtype is None:
+            return self._call(func, name, args, kwargs)
+        cast, kwargs = self._autocast(name, args, kwargs)
+        held = list(cast)
+        del args, cast
+        result = self._call(func, name, held, kwargs)
+        for place in range(len(held)):  # C++ drops the casts in the reverse of their order
+            held[place] = None
+        return result
+
+    def _call(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if name == "scaled_dot_product_attention":
             return attend(self.recorder, *args, **kwargs)
         if name == "rms_norm" and type(func) is not types.FunctionType:
@@ -111,8 +120,16 @@ class CudaSemantics(TorchFunctionMode):
         return args, kwargs
 
     def _cast(self, args: tuple, kwargs: dict, dtype: torch.dtype | None) -> tuple[tuple, dict]:
+        """Last argument first: autocast's wrapper casts inside a call's argument list
+        (autocast_mode.h `WrapFunction_`), which the compiler of torch's wheels evaluates from the
+        right."""
         assert dtype is not None
-        return pytree.tree_map_only(torch.Tensor, lambda x: self._cached(x, dtype), (args, kwargs))
+
+        def cast(value: Any) -> Any:
+            return pytree.tree_map_only(torch.Tensor, lambda x: self._cached(x, dtype), value)
+
+        named = {name: cast(value) for name, value in reversed(kwargs.items())}
+        return tuple(reversed([cast(value) for value in reversed(args)])), named
 
     def _cached(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`cached_cast`: only a trainable fp32 leaf's 16-bit copy is kept until the region ends."""
@@ -161,11 +178,7 @@ def _softmax(
 ) -> Any:
     dtype = kwargs.pop("dtype", dtype)
     kwargs.pop("_stacklevel", None)
-    if (
-        dtype is torch.float32
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and isinstance(dim, int)
-    ):
-        fused = getattr(torch.ops.aten, f"_{name}")  # half_to_float: no fp32 copy of the input
-        return fused(x, dim, True)
+    if dtype is torch.float32 and x.dtype is torch.float16 and isinstance(dim, int):
+        # half_to_float (SoftMax.cpp): no fp32 copy of fp16 scores; bf16 ones are copied
+        return getattr(torch.ops.aten, f"_{name}")(x, dim, True)
     return func(x, dim, dtype=dtype, **kwargs)

@@ -22,29 +22,25 @@ class Batches:
     def __init__(self, spec: RunSpec, config: PretrainedConfig, model: PreTrainedModel) -> None:
         self.spec = spec
         image = _image(spec, config, model) if spec.images_per_sample else None
-        self._sample = _sample(spec, config, image, torch.Generator().manual_seed(0))
+        sample = _sample(spec, config, image, torch.Generator().manual_seed(0))
+        self._pixels = {name: t for name, t in sample.items() if t.is_floating_point()}
+        self._integers = {name: t for name, t in sample.items() if name not in self._pixels}
 
     def make(self, rows: int) -> Batch:
         """A batch of `rows` samples. Small integer tensors keep their values."""
-        batch = collate([_light(self._sample)] * rows)
-        return {name: _placed(tensor) for name, tensor in batch.items()}
+        return {name: _placed(tensor) for name, tensor in self.host(rows).items()}
 
     def host(self, rows: int) -> Batch:
-        """The same batch before it is sent: integers on the host, pixels without bytes."""
-        return collate([_light(self._sample)] * rows)
-
-
-def _light(sample: Batch) -> Batch:
-    """Pixels as a meta tensor, so that a large batch of images costs the host nothing."""
-    return {
-        name: tensor.to("meta") if tensor.is_floating_point() else tensor
-        for name, tensor in sample.items()
-    }
+        """The same batch before it is sent: integers on the host, pixels without bytes there."""
+        batch = collate([self._integers] * rows)
+        for name, pixels in self._pixels.items():
+            batch[name] = pixels.new_empty((rows * len(pixels), *pixels.shape[1:]), device="meta")
+        return batch
 
 
 def _placed(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type == "meta":
-        return torch.empty_like(tensor)
+        return tensor
     placed = torch.empty_like(tensor, device="meta")
     return values.give(placed, tensor) if tensor.numel() <= values.MAX_ELEMENTS else placed
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from planner.memory.ops import Work
 from planner.memory.replay import EMPTY_CACHE, RESET_PEAKS, Replay, replay
 from planner.memory.step import StepWork
+from planner.memory.work import Work
 
 Category = Literal[
     "parameters", "gradients", "optimizer_states", "saved_activations", "logits", "temporaries",

@@ -9,8 +9,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from planner.memory.ops import RIDGE_FLOPS_PER_BYTE, Work
 from planner.memory.step import StepWork
+from planner.memory.work import RIDGE_FLOPS_PER_BYTE, Work
 
 _FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::empty_like",
          "aten::empty_strided", "profiler::")  # fmt: skip

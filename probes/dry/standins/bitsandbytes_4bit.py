@@ -10,6 +10,8 @@ import torch
 
 from probes.dry.standins import stands_for
 
+_ABSMAX_8BIT = 7  # place in the schema (bitsandbytes/_ops.py)
+
 
 @stands_for("bitsandbytes::gemm_4bit")
 def gemm_4bit(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -18,7 +20,8 @@ def gemm_4bit(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> 
     rows = A.numel() // A.shape[-1]
     if recorder.target.gemm_4bit_is_fused(A.dtype, rows, shape[0], shape[1]):
         return A.new_empty((*A.shape[:-1], shape[0]))
-    maxima = kwargs.get("absmax_8bit")
+    # the dispatcher hands every argument of the schema over by position
+    maxima = args[_ABSMAX_8BIT] if len(args) > _ABSMAX_8BIT else kwargs.get("absmax_8bit")
     made = []
     if maxima is not None:
         made = [recorder.begin("dequantize_blockwise", maxima.numel() * 4) for _ in range(2)]

@@ -13,8 +13,9 @@ from probes.dry.standins import stands_for
 def native_dropout(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """(output, mask): the mask is bool, both of the input's shape."""
     x = args[0]
-    output, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-    return output, mask
+    mask = torch.empty_like(x, dtype=torch.bool)
+    recorder.track(mask, func)  # the mask first
+    return torch.empty_like(x), mask
 
 
 @stands_for("aten::native_dropout_backward")

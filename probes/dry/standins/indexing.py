@@ -16,8 +16,8 @@ _ROWS_A_THREAD = 10  # NROWS_PER_THREAD, EmbeddingBackwardKernel.cu
 
 @stands_for("aten::masked_scatter_")
 def masked_scatter_(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """IndexKernel.cpp `masked_scatter_cuda_impl`: the mask at full shape, and its prefix sum in
-    int64."""
+    """IndexKernel.cpp `masked_scatter_cuda_impl`: the mask's prefix sum in int64, and for it the
+    mask at full shape."""
     x, mask = args[:2]
     _scatter_buffers(recorder, func, x, mask)
     return x
@@ -35,10 +35,14 @@ def masked_scatter(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]
 
 @stands_for("aten::masked_scatter_backward")
 def masked_scatter_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The selected gradients: positions in int64, one a dimension and element, then the values."""
-    grad, _, sizes = args[:3]
+    """The selected gradients: the mask at full shape until the positions are there (int64, one a
+    dimension and element), then the values."""
+    grad, mask, sizes = args[:3]
     count = torch.Size(sizes).numel()
+    full = _full_mask(recorder, func, grad, mask)
     positions = recorder.begin(func, count * grad.dim() * 8, "int64")
+    if full is not None:
+        recorder.end(full)
     result = grad.new_empty(sizes)
     recorder.track(result, func)
     recorder.end(positions)
@@ -91,5 +95,15 @@ def _is_mask(i: Any) -> bool:
 
 
 def _scatter_buffers(recorder: Any, func: Any, x: torch.Tensor, mask: torch.Tensor) -> None:
-    full = mask.shape == x.shape and mask.is_contiguous()
-    recorder.temporary(func, 0 if full else x.numel(), x.numel() * 8, dtype="int64")
+    sums = recorder.begin(func, x.numel() * 8, "int64")
+    full = _full_mask(recorder, func, x, mask)
+    if full is not None:
+        recorder.end(full)
+    recorder.end(sums)
+
+
+def _full_mask(recorder: Any, func: Any, x: torch.Tensor, mask: torch.Tensor) -> Any:
+    """A buffer for the mask at x's shape, where it is not that already."""
+    if mask.shape == x.shape and mask.is_contiguous():
+        return None
+    return recorder.begin(func, x.numel(), "bool")

@@ -24,10 +24,17 @@ def layer_norm(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) ->
 @stands_for("aten::native_layer_norm_backward")
 def layer_norm_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """(gradient of the input, of the weight, of the bias); the last two are summed over the rows
-    in one kernel, without a buffer."""
-    _, x, _, _, _, weight, bias, wanted = args
-    return (
+    in one kernel, without a buffer. A gradient that comes in transposed is copied once the results
+    are there (`dY.contiguous()`)."""
+    grad, x, _, _, _, weight, bias, wanted = args
+    results = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None,
         torch.empty_like(weight) if wanted[1] and weight is not None else None,
         torch.empty_like(bias) if wanted[2] and bias is not None else None,
     )
+    if not grad.is_contiguous():
+        for result in results:
+            if result is not None:
+                recorder.track(result, func)
+        recorder.temporary(func, grad.numel() * grad.element_size(), dtype=str(grad.dtype))
+    return results
