@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from probes.capacity import is_narrow
-from probes.records import Record
+from probes.records import Record, probe_key
 from probes.store import append, lock_of, read
 
 
@@ -34,7 +34,9 @@ class Ledger:
         self._me = {"pid": me.pid, "created": me.create_time()}
 
     def _done_in(self, place: Path) -> set[str]:
-        return {r.key for r in read(place)[0] if r.outcome not in self.retry and is_complete(r)}
+        """Under today's keys too: a field that the spec did not have then stands at its default."""
+        counted = [r for r in read(place)[0] if r.outcome not in self.retry and is_complete(r)]
+        return {key for r in counted for key in (r.key, probe_key(r.spec, r.options))}
 
     def done(self) -> set[str]:
         """Keys that need no measuring: recorded here, or in the other places."""
