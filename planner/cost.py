@@ -87,9 +87,10 @@ def _evaluation_seconds(spec: RunSpec, steps: int) -> float:
 
 
 def _forward_work(spec: RunSpec) -> StepWork:
-    from planner.memory.ops import Engine, Work
+    from planner.memory.ops import Engine
     from planner.memory.program import forward_of, load, make_batch
     from planner.memory.step import StepWork, stock_loss
+    from planner.memory.work import Work
     from planner.models.registry import load_model
 
     model = load_model(spec.model)

@@ -27,3 +27,7 @@ for _dtype in DType:
     _dtype.itemsize = _SIZES.get(_dtype.value, 1)
     _dtype.is_floating = _dtype.value.endswith(("float32", "float16"))
     _dtype.is_16bit = _dtype.value in ("bfloat16", "float16")
+
+F32, BF16, F16 = DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16
+INT64, INT32, INT8, UINT8 = DType.INT64, DType.INT32, DType.INT8, DType.UINT8
+BOOL = DType.BOOL

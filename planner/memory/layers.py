@@ -1,28 +1,21 @@
-"""Layers as transformers, peft and bitsandbytes run them: linears of every storage kind, adapters,
-norms, embeddings, attention kernels and the loss.
+"""Linear layers as transformers, peft and bitsandbytes run them: every storage kind, and adapters.
 
 The order of statements is the modelling code's own, and so are the lifetimes: a local name here
 holds a tensor exactly as long as it does there.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+# Annotations stay objects here: named tuples would compile each string at import.
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from planner.dtypes import DType
-from planner.memory.ops import F32, Engine, grad_bytes
+from planner.dtypes import BF16, BOOL, F16, F32, INT8, INT32, DType
+from planner.memory.ops import Engine
 from planner.memory.tensor import Tensor
-
-BF16, F16 = DType.BFLOAT16, DType.FLOAT16
-INT8, INT32, UINT8, INT64 = DType.INT8, DType.INT32, DType.UINT8, DType.INT64
 
 Quantization = Literal["none", "4bit", "int8"]
 
 
-@dataclass(slots=True)
-class Adapter:
+class Adapter(NamedTuple):
     """LoRA on one linear: A (rank, in), B (out, rank)."""
 
     a: Tensor
@@ -30,8 +23,7 @@ class Adapter:
     dropout: float
 
 
-@dataclass(slots=True)
-class Linear:
+class Linear(NamedTuple):
     """A linear's state after loading and adapter set-up. Weight storages are accounted for by
     loading, so the tensors here carry shape and dtype only."""
 
@@ -44,7 +36,6 @@ class Linear:
     double_quant: bool = False
     compute_dtype: DType = BF16
     adapter: Adapter | None = None
-    casts_adapter_input: bool = False  # peft's plain Linear casts x to the adapter's dtype
 
 
 def linear(t: Engine, state: Linear, x: Tensor) -> Tensor:
@@ -180,7 +171,7 @@ def _matmul_int8(t: Engine, state: Linear, x: Tensor) -> Tensor:
     row_stats = t.new((rows,), F32, "int8 row stats")
     quantized = t.new((rows, k), INT8, "int8 quantised input")
     magnitude = t.new((rows, k), F16, "abs (outliers)")
-    outliers = t.new((rows, k), DType.BOOL, "ge (outliers)")
+    outliers = t.new((rows, k), BOOL, "ge (outliers)")
     del magnitude, outliers, half
     t.count(rows * k * 12, 8)
     accumulator = t.new((rows, n), INT32, "int8 mm")
@@ -206,81 +197,6 @@ def _matmul_int8(t: Engine, state: Linear, x: Tensor) -> Tensor:
     return t.record(out, (x,), (), backward, kept=x.detach())
 
 
-def rms_norm(t: Engine, weight: Tensor, x: Tensor) -> Tensor:
-    """LlamaRMSNorm.forward: statistics in fp32, the weight applied in the input's dtype."""
-    source = x.dtype
-    h = t.to(x, F32)
-    inverse = t.rsqrt(t.add_scalar(t.mean_last(t.pow2(h))))
-    h = t.mul(h, inverse)
-    return t.mul(weight, t.to(h, source))
-
-
-def gemma_rms_norm(t: Engine, weight: Tensor, x: Tensor) -> Tensor:
-    """Gemma2RMSNorm.forward: (1 + weight) applied in fp32, then back to the input's dtype."""
-    source = x.dtype
-    h = t.to(x, F32)
-    h = t.mul(h, t.rsqrt(t.add_scalar(t.mean_last(t.pow2(h)))))
-    h = t.mul(h, t.add_scalar(t.to(weight, F32)))
-    return t.to(h, source)
-
-
-def layer_norm(
-    t: Engine, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """F.layer_norm, an fp32 operation under autocast: saves its input and two statistics."""
-    x = t.upper(x)
-    if weight is not None and bias is not None:
-        weight, bias = t.upper(weight), t.upper(bias)
-    t.count(2 * grad_bytes(x))
-    rows = prod(x.shape[:-1])
-    out = t.new(x.shape, x.dtype, "layer_norm")
-    mean = t.new((rows,), F32, "layer_norm statistics")
-    rstd = t.new((rows,), F32, "layer_norm statistics")
-    shape, dtype = x.shape, x.dtype
-    need = (x.requires_grad, bool(weight is not None and weight.requires_grad),
-            bool(bias is not None and bias.requires_grad))  # fmt: skip
-
-    def backward(g: Tensor) -> tuple[Tensor | None, ...]:
-        t.count(3 * prod(shape) * dtype.itemsize)
-        grads = [t.new(shape, dtype, "layer_norm (backward)") if need[0] else None]
-        grads += [t.new((shape[-1],), dtype, "layer_norm (backward)") if n else None
-                  for n in need[1:]]  # fmt: skip
-        return tuple(grads)
-
-    return t.record(out, (x, weight, bias), (x, mean, rstd, weight), backward)
-
-
-def embedding(t: Engine, weight: Tensor, ids: Tensor) -> Tensor:
-    """F.embedding: saves the ids; a trainable table gets a dense gradient."""
-    width = weight.shape[-1]
-    out = t.new((*ids.shape, width), weight.dtype, "embedding")
-    t.count(2 * grad_bytes(out))
-    shape, dtype = weight.shape, weight.dtype
-
-    rows = prod(ids.shape)
-
-    def backward(g: Tensor) -> tuple[Tensor]:
-        # EmbeddingBackwardKernel.cu: above 3,072 ids a sorted sum with an fp32 partial row for
-        # every ten ids and for every distinct one.
-        t.count(prod(shape) * dtype.itemsize + 3 * grad_bytes(g), 3)
-        grad = t.new(shape, dtype, "embedding (weight gradient)")
-        sorts = rows > 3072
-        order = [t.new((rows * sorts,), INT64, "embedding (sort)") for _ in range(4)]
-        partial_rows = (rows // 10 + minimum(rows, shape[0])) * sorts
-        partial = t.new((partial_rows, width), F32, "embedding (partial sums)")
-        del order, partial
-        return (grad,)
-
-    return t.record(out, (weight,), (ids,), backward)
-
-
-def minimum(a: Any, b: Any) -> Any:
-    """min of ints, element-wise of arrays."""
-    if isinstance(a, int) and isinstance(b, int):
-        return min(a, b)
-    return a + (b - a) * (b < a)
-
-
 def gated_mlp(t: Engine, loaded: Any, prefix: str, x: Tensor, act: str) -> Tensor:
     """down(act(gate(x)) * up(x)); `loaded` gives the linears by path."""
     gate = linear(t, loaded.linear(f"{prefix}gate_proj"), x)
@@ -291,49 +207,3 @@ def gated_mlp(t: Engine, loaded: Any, prefix: str, x: Tensor, act: str) -> Tenso
         product = t.mul(gate, up)
     del gate, up
     return linear(t, loaded.linear(f"{prefix}down_proj"), product)
-
-
-def causal_lm_loss(t: Engine, logits: Tensor, labels: Tensor) -> Tensor:
-    """ForCausalLMLoss (transformers/loss/loss_utils.py): fp32 logits, shifted labels, summed
-    cross-entropy divided by the number of items."""
-    rows, vocab = prod(logits.shape[:-1]), logits.shape[-1]
-    logits = t.to(logits, F32, "float (logits)")
-    padded = t.new((*labels.shape[:-1], labels.shape[-1] + 1), INT64, "pad (labels)")
-    targets = t.new(labels.shape, INT64, "contiguous (labels)")
-    flat = t.alias(logits, (rows, vocab), True)
-    return _cross_entropy(t, flat, targets, padded)
-
-
-def _cross_entropy(t: Engine, logits: Tensor, targets: Tensor, padded: Tensor) -> Tensor:
-    shape = logits.shape
-    traffic = prod(shape) * 4
-    t.count(2 * traffic)
-    log_probs = t.new(shape, F32, "log_softmax", "logits")
-
-    def softmax_backward(g: Tensor) -> tuple[Tensor]:
-        t.count(3 * traffic)
-        return (t.new(shape, F32, "log_softmax (backward)", "logits"),)
-
-    log_probs = t.record(log_probs, (logits,), (log_probs,), softmax_backward)
-    loss = t.new((), F32, "nll_loss")
-    weight = t.new((), F32, "nll_loss")
-
-    def nll_backward(g: Tensor) -> tuple[Tensor]:
-        t.count(traffic, 2)
-        return (t.new(shape, F32, "nll_loss (backward)", "logits"),)
-
-    loss = t.record(loss, (log_probs,), (log_probs, targets, weight), nll_backward)
-    return t.scale(loss, "div")
-
-
-def mask_columns(t: Engine, logits: Tensor, columns: int) -> Tensor:
-    """Chameleon: logits[:, :, image_tokens] = finfo.min, an index_put_ in place."""
-    index = t.new((columns,), INT64, "image token ids")
-    shape, dtype = logits.shape, logits.dtype
-    out = logits.view(shape)
-
-    def backward(g: Tensor) -> tuple[Tensor]:
-        t.count(2 * prod(shape) * dtype.itemsize, 2)
-        return (t.new(shape, dtype, "index_put (backward)", "logits"),)
-
-    return t.record(out, (logits,), (index,), backward)

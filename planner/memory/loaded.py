@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from planner.dtypes import DType
+from planner.dtypes import F32, DType
 from planner.memory.layers import Adapter, Linear
 from planner.models.tree import ModelTree, Module
 from planner.spec import RunSpec
 
-F32 = DType.FLOAT32
 COMPUTE = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
 
 

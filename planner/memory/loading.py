@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 
-from planner.dtypes import DType
+from planner.dtypes import F32, DType
 from planner.memory.loaded import Loaded
 from planner.memory.storage import BLOCK_BYTES
 from planner.models.tree import ModelTree, Module
 
-F32, UINT8, INT8 = DType.FLOAT32, DType.UINT8, DType.INT8
 BLOCK_WEIGHTS = 64
 NESTED_BLOCK = 256
 NESTED_CODE_BYTES = 1024  # 256 fp32 values of the dynamic map

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from planner.memory.loading import Loading
-from planner.memory.ops import Engine, Work
+from planner.memory.ops import Engine
 from planner.memory.optimizer import find_optimizer
 from planner.memory.program import (
     forward_of,
@@ -26,6 +26,7 @@ from planner.memory.program import (
 from planner.memory.sizes import MixedSizesError
 from planner.memory.step import StepWork, run_step
 from planner.memory.storage import Recorder
+from planner.memory.work import Work
 from planner.models.registry import Model
 from planner.spec import RunSpec
 

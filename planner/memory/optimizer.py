@@ -10,12 +10,11 @@ bitsandbytes/optim/optimizer.py (8-bit states above 4,096 elements with an fp32 
 from math import prod
 from typing import Any, NamedTuple
 
-from planner.dtypes import DType
+from planner.dtypes import F32, UINT8, DType
 from planner.errors import UnsupportedError
-from planner.memory.ops import F32, Engine
+from planner.memory.ops import Engine
 from planner.memory.tensor import Tensor
 
-UINT8 = DType.UINT8
 MIN_8BIT_ELEMENTS = 4096
 MIN_PAGED_ELEMENTS = 100_000
 BLOCK_ELEMENTS = 256

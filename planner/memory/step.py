@@ -10,14 +10,13 @@ from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
-from planner.dtypes import DType
+from planner.dtypes import F32, INT64
 from planner.memory.loaded import COMPUTE, Loaded
-from planner.memory.ops import F32, Engine, Work
+from planner.memory.ops import Engine
 from planner.memory.optimizer import Optimizer
 from planner.memory.storage import BLOCK_BYTES, Recorder
 from planner.memory.tensor import Tensor
-
-INT64 = DType.INT64
+from planner.memory.work import Work
 
 
 class Batch(NamedTuple):

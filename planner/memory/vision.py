@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from planner.dtypes import DType
-from planner.memory.ops import BOOL, F32, Engine, grad_bytes
+from planner.dtypes import BOOL, F32, INT64
+from planner.memory.ops import Engine
 from planner.memory.tensor import Shape, Tensor
-
-INT64 = DType.INT64
+from planner.memory.work import grad_bytes
 
 
 def _is_patches(x: Shape, weight: Shape, out: Shape) -> bool:

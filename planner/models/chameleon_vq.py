@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from planner.dtypes import DType
+from planner.dtypes import INT64
 from planner.memory import vision as ops
-from planner.memory.attention import bmm, softmax
+from planner.memory.eager_attention import bmm, softmax
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
 from planner.memory.tensor import Tensor
-
-INT64 = DType.INT64
 
 
 class VqShape(Protocol):

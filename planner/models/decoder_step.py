@@ -9,17 +9,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from planner.dtypes import DType
+from planner.dtypes import F32, INT64
 from planner.memory import attention as attention_ops
 from planner.memory import layers as nn
+from planner.memory import norms, vocabulary
 from planner.memory.loaded import Loaded
-from planner.memory.ops import F32, Engine
+from planner.memory.ops import Engine
 from planner.memory.sizes import decide
 from planner.memory.step import Batch
 from planner.memory.tensor import Tensor
 from planner.models.decoder import SLIDING, Attention, DecoderGeometry
 
-INT64 = DType.INT64
 Rotary = tuple[Tensor, Tensor]  # cos and sin
 Masks = dict[Attention, Tensor | None]
 
@@ -43,7 +43,7 @@ class Decoder:
         """embed_tokens, with the hook of enable_input_require_grads under checkpointing."""
         path = f"{self.prefix}embed_tokens"
         with self.t.recorder.scope(path):
-            out = nn.embedding(self.t, self.loaded.parameter(path), ids)
+            out = vocabulary.embedding(self.t, self.loaded.parameter(path), ids)
             if self.g.embedding_scale:
                 out = self.t.scale(out)
         if self.loaded.spec.gradient_checkpointing and not out.requires_grad:
@@ -102,7 +102,7 @@ class Decoder:
     def norm(self, path: str, hidden: Tensor) -> Tensor:
         """RMSNorm of either kind."""
         weight = self.loaded.parameter(path)
-        rule = nn.gemma_rms_norm if self.g.norm == "gemma_rms" else nn.rms_norm
+        rule = norms.gemma_rms_norm if self.g.norm == "gemma_rms" else norms.rms_norm
         with self.t.recorder.scope(path):
             return rule(self.t, weight, hidden)
 
@@ -141,7 +141,10 @@ class Decoder:
             if self.caches:
                 k, v = attention_ops.cached(t, k), attention_ops.cached(t, v)
                 self.cache += (k.detach(), v.detach())
-            out, weights = self._attend(q, k, v, mask)
+            out, weights = attention_ops.attend(
+                t, self.loaded.spec.attention, q, k, v, mask, not g.bidirectional,
+                g.attention_dropout, g.attn_logit_softcapping,
+            )  # fmt: skip
             out = t.reshape(out, (batch, length, g.attention_width))
         return nn.linear(t, self.loaded.linear(f"{path}o_proj"), out), weights
 
@@ -180,7 +183,7 @@ class Decoder:
         batch, length, _ = x.shape
         with t.recorder.scope(path):
             x = t.reshape(x, (batch * length, heads, self.g.head_dim))
-            x = nn.layer_norm(t, x)
+            x = norms.layer_norm(t, x)
             return t.add(t.mul(x, self.loaded.parameter(path)), self.loaded.parameter(path, "bias"))
 
     def _heads(self, x: Tensor, heads: int, norm: str = "") -> Tensor:
@@ -224,20 +227,6 @@ class Decoder:
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return turned(self.t, x, cos, sin)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The attention interface of the spec: output (B, S, h, d), and weights where eager."""
-        t, g = self.t, self.g
-        if self.loaded.spec.attention == "eager":
-            dropout = g.attention_dropout if t.training else 0.0
-            return attention_ops.eager(t, q, k, v, mask, dropout, g.attn_logit_softcapping)
-        if self.loaded.spec.attention == "flash_attention_2":
-            out = attention_ops.flash_attention_2(t, q, k, v, not g.bidirectional)
-        else:
-            out = attention_ops.sdpa(t, q, k, v, mask, not g.bidirectional)
-        return t.contiguous(t.transpose(out, 1, 2)), None
-
     def _mask(self, kind: Attention, hidden: Tensor) -> Tensor | None:
         """create_causal_mask or create_sliding_window_causal_mask, where nothing is padded: eager
         attention always has one, sdpa only where the window is shorter than the sequence."""
@@ -246,7 +235,9 @@ class Decoder:
             return None
         window = self.g.sliding_window if kind == SLIDING else None
         if self.loaded.spec.attention == "eager":
-            return attention_ops.eager_mask(self.t, batch, length, hidden.dtype, window is not None)
+            from planner.memory.eager_attention import eager_mask  # loaded for eager runs alone
+
+            return eager_mask(self.t, batch, length, hidden.dtype, window is not None)
         if window is None or not decide(length >= window):
             return None
         return attention_ops.bool_mask(self.t, batch, length, window=True)
@@ -288,6 +279,6 @@ def head_and_loss(
             logits = t.tanh(logits)
             logits = t.scale(logits)
         if masked_columns:
-            logits = nn.mask_columns(t, logits, masked_columns)
+            logits = vocabulary.mask_columns(t, logits, masked_columns)
     with t.recorder.scope("loss"):
-        return nn.causal_lm_loss(t, logits, labels), logits
+        return vocabulary.causal_lm_loss(t, logits, labels), logits

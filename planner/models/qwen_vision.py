@@ -9,16 +9,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Protocol
 
-from planner.dtypes import DType
+from planner.dtypes import F32
 from planner.memory import attention as attention_ops
 from planner.memory import layers as nn
+from planner.memory import norms
 from planner.memory import vision as ops
 from planner.memory.loaded import Loaded
-from planner.memory.ops import F32, Engine
+from planner.memory.ops import Engine
 from planner.memory.tensor import Tensor
 from planner.models.decoder_step import Decoder, Rotary, turned
-
-INT64 = DType.INT64
+from planner.models.vision_step import two_layers
 
 
 class PatchShape(Protocol):
@@ -122,10 +122,7 @@ class PatchTower:
         t = self.t
         if self.g.rms:
             return nn.gated_mlp(t, self.loaded, prefix, x, self.g.hidden_act)
-        hidden = nn.linear(t, self.loaded.linear(f"{prefix}fc1"), x)
-        with t.recorder.scope(f"{prefix}act"):
-            hidden = ops.activation(t, self.g.hidden_act, hidden)
-        return nn.linear(t, self.loaded.linear(f"{prefix}fc2"), hidden)
+        return two_layers(t, self.loaded, prefix, x, self.g.hidden_act)
 
     def _attention(self, path: str, hidden: Tensor, rotary: Rotary, length: int) -> Tensor:
         t, heads = self.t, self.g.num_attention_heads
@@ -148,7 +145,9 @@ class PatchTower:
             out = attention_ops.flash_attention_2(t, q, k, v, causal=False)
             return t.transpose(out, 1, 2)
         if self.loaded.spec.attention == "eager":
-            return attention_ops.eager_pieces(t, q, k, v, length)
+            from planner.memory.eager_attention import eager_pieces  # loaded for eager runs alone
+
+            return eager_pieces(t, q, k, v, length)
         return attention_ops.flash_pieces(t, q, k, v, length)
 
     def _rotate(self, q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -164,9 +163,9 @@ class PatchTower:
     def _norm(self, path: str, x: Tensor) -> Tensor:
         with self.t.recorder.scope(path):
             if self.g.rms:
-                return nn.rms_norm(self.t, self.loaded.parameter(path), x)
+                return norms.rms_norm(self.t, self.loaded.parameter(path), x)
             weight, bias = self.loaded.parameter(path), self.loaded.parameter(path, "bias")
-            return nn.layer_norm(self.t, x, weight, bias)
+            return norms.layer_norm(self.t, x, weight, bias)
 
     def _merge(self, hidden: Tensor) -> Tensor:
         """PatchMerger."""

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from planner.dtypes import DType
+from planner.dtypes import INT64
 from planner.errors import UnsupportedError
 from planner.memory import attention as attention_ops
 from planner.memory import layers as nn
+from planner.memory import norms, vocabulary
 from planner.memory import vision as ops
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
 from planner.memory.tensor import Tensor
 from planner.models.towers import TowerGeometry
-
-INT64 = DType.INT64
 
 
 class Tower:
@@ -51,7 +50,7 @@ class Tower:
         positions = Tensor(None, (1, g.positions), INT64)
         position = f"{path}.position_embedding"
         with t.recorder.scope(position):
-            rows = nn.embedding(t, self._weight(position), positions)
+            rows = vocabulary.embedding(t, self._weight(position), positions)
         with t.recorder.scope(path):
             return t.add(hidden, rows)
 
@@ -117,7 +116,9 @@ class Tower:
         images, length, width = hidden.shape
         q, k, v = self._project(path, hidden)
         with t.recorder.scope(path.rstrip(".")):
-            out, weights = attend(t, self.loaded, q, k, v, g.attention_dropout)
+            out, weights = attention_ops.attend(
+                t, self.loaded.spec.attention, q, k, v, None, False, g.attention_dropout
+            )
             out = t.reshape(out, (images, length, width))
         return nn.linear(t, self.loaded.linear(f"{path}out_proj"), out), weights
 
@@ -148,7 +149,7 @@ class Tower:
     def _norm_at(self, path: str, x: Tensor) -> Tensor:
         weight, bias = self.loaded.parameter(path), self.loaded.parameter(path, "bias")
         with self.t.recorder.scope(path):
-            return nn.layer_norm(self.t, x, weight, bias)
+            return norms.layer_norm(self.t, x, weight, bias)
 
 
 def two_layers(t: Engine, loaded: Loaded, prefix: str, x: Tensor, act: str) -> Tensor:
@@ -157,19 +158,6 @@ def two_layers(t: Engine, loaded: Loaded, prefix: str, x: Tensor, act: str) -> T
     with t.recorder.scope(f"{prefix}act"):
         hidden = ops.activation(t, act, hidden)
     return nn.linear(t, loaded.linear(f"{prefix}fc2"), hidden)
-
-
-def attend(
-    t: Engine, loaded: Loaded, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of a vision layer, all positions to all: output (N, P, h, d), eager's weights."""
-    if loaded.spec.attention == "eager":
-        return attention_ops.eager(t, q, k, v, None, dropout if t.training else 0.0)
-    if loaded.spec.attention == "flash_attention_2":
-        out = attention_ops.flash_attention_2(t, q, k, v, causal=False)
-    else:
-        out = attention_ops.sdpa(t, q, k, v, None, causal=False)
-    return t.contiguous(t.transpose(out, 1, 2)), None
 
 
 def _expanded(t: Engine, token: Tensor, images: int) -> Tensor:

@@ -8,6 +8,7 @@ from math import isqrt
 from typing import Any
 
 from planner.memory import layers as nn
+from planner.memory import norms
 from planner.memory import vision as vision_ops
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
@@ -118,7 +119,7 @@ def _project(t: Engine, loaded: Loaded, geometry: Gemma3Geometry, last: Tensor) 
         pooled = t.transpose(t.alias(pooled, (images, width, edge * edge), True), 1, 2)
     norm = f"{path}.mm_soft_emb_norm"
     with t.recorder.scope(norm):
-        normed = nn.gemma_rms_norm(t, loaded.parameter(norm), pooled)
+        normed = norms.gemma_rms_norm(t, loaded.parameter(norm), pooled)
     with t.recorder.scope(path):
         weight = loaded.parameter(path, "mm_input_projection_weight")
         rows = t.contiguous(t.lower(normed))

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from planner.dtypes import DType
 from planner.memory import layers as nn
+from planner.memory import vocabulary
 from planner.memory.ops import Engine
 from planner.memory.tensor import Tensor
 
@@ -139,7 +140,7 @@ def test_a_tied_weight_waits_for_all_its_gradients() -> None:
 
     engine = Engine()
     shared, tokens = leaf(512, WIDTH), Tensor(None, (4, 8), DType.INT64)
-    logits = nn.matmul(engine, nn.embedding(engine, shared, tokens), shared)
+    logits = nn.matmul(engine, vocabulary.embedding(engine, shared, tokens), shared)
     engine.backward_with(logits, leaf(4, 8, 512))
     del logits
     assert planned(engine)[0] == memory_of(real)[0]

@@ -1,0 +1,215 @@
+"""Autograd's side of an operation: what is saved, the graph, checkpointing, gradients of leaves.
+
+The graph and its run are in planner.memory.tensor; this is what an operation and a training step
+see of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+from planner.dtypes import DType
+from planner.memory.storage import Recorder
+from planner.memory.tensor import (
+    Backward,
+    Frame,
+    Node,
+    Saved,
+    Shape,
+    StopRecomputation,
+    Tensor,
+    finish_leaves,
+    run_backward,
+)
+from planner.memory.work import Kernels, grad_bytes
+
+_RECOMPUTED = Node(0, "", (), (), lambda g: ())  # tells results of a recomputation from leaves
+
+
+class Autograd(Kernels):
+    """Records operations, and runs their backward."""
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        super().__init__(recorder)
+        self.grad_enabled = True
+        self.training = True  # False in model.eval(): no dropout
+        self.autocast_dtype: DType | None = None  # a recomputation runs under its forward's
+        self._cast_cache: dict[int, Tensor] = {}
+        self._seq = 0
+        self._frame: Frame | None = None  # a checkpointed forward is running
+        self._refill: tuple[Frame, list[int]] | None = None  # a recomputation is running
+        self._refill_kept: list[Any] = []
+        self.leaves_waiting: list[Tensor] = []
+        self.on_leaf_gradient: Callable[[Tensor], None] | None = None
+
+    def wants_grad(self, *inputs: Tensor | None) -> bool:
+        """Whether an operation on `inputs` is recorded."""
+        if self.grad_enabled:
+            for tensor in inputs:
+                if tensor is not None and tensor.requires_grad:
+                    return True
+        return False
+
+    def record(
+        self, output: Tensor, inputs: Sequence[Tensor | None], saved: Sequence[Tensor | None],
+        backward: Backward, kept: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """Make `output` the result of a node on `inputs`.
+
+        `backward(grad)` returns one gradient per input; it reads `saved` through the node, see
+        `saved_tensors`. Does nothing where no input wants a gradient.
+        """
+        if not self.wants_grad(*inputs):
+            return output
+        output.requires_grad = True
+        slots = tuple(self._save(tensor) for tensor in saved if tensor is not None)
+        if self._refill is not None:  # the graph of a recomputation is held, but never run
+            if kept is not None:
+                self._refill_kept.append(kept)
+            output.node = _RECOMPUTED
+            return output
+        edges = tuple(
+            ((t.node or t), t.shape, t.dtype) if t is not None and t.requires_grad else None
+            for t in inputs
+        )
+        for t in inputs:
+            if t is not None and t.requires_grad and t.node is None:
+                t.pending += 1
+        self._seq += 1
+        node = Node(self._seq, self.recorder.module, edges, slots, backward)
+        node.kept = kept
+        output.node = node
+        return output
+
+    def about_to_save(self, inputs: Sequence[Tensor | None]) -> None:
+        """Inputs are saved before a kernel runs: a recomputation that ends with them stops here."""
+        if self._refill is None:
+            return
+        frame, position = self._refill
+        wanted = [tensor for tensor in inputs if tensor is not None]
+        if wanted and len(frame.slots) - position[0] == len(wanted):
+            for tensor in wanted:
+                self._save(tensor)
+
+    def _save(self, tensor: Tensor) -> Saved:
+        held = tensor.detach()
+        if self._refill is not None:
+            frame, position = self._refill
+            slot = frame.slots[position[0]]()
+            if slot is not None:
+                slot.tensor = held
+            position[0] += 1
+            if position[0] == len(frame.slots):
+                raise StopRecomputation
+            return Saved(held, None)
+        if tensor.storage is not None and tensor.storage.block.category == "temporaries":
+            tensor.storage.block.category = "saved_activations"
+        if self._frame is None:
+            return Saved(held, None)
+        slot = Saved(None, self._frame)
+        self._frame.slots.append(ref(slot))
+        return slot
+
+    def checkpoint(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """torch.utils.checkpoint, non-reentrant: save the input, recompute in backward."""
+        module, autocast = self.recorder.module, self.autocast_dtype
+
+        def run(frame: Frame) -> None:
+            outer = (self._refill, self.autocast_dtype, self._cast_cache, self.grad_enabled)
+            outer_module = self.recorder.module
+            self._refill, self.autocast_dtype = (frame, [0]), autocast
+            self._cast_cache, self.grad_enabled = {}, True
+            self.recorder.module = module
+            try:
+                function(hidden)
+            except StopRecomputation:
+                pass
+            finally:
+                self._refill, self.autocast_dtype, self._cast_cache, self.grad_enabled = outer
+                self._refill_kept.clear()
+                self.recorder.module = outer_module
+
+        if not self.grad_enabled:
+            return function(hidden)
+        outer_frame, self._frame = self._frame, Frame(run)
+        try:
+            return function(hidden)
+        finally:
+            self._frame = outer_frame
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """torch.no_grad()."""
+        outer, self.grad_enabled = self.grad_enabled, False
+        try:
+            yield
+        finally:
+            self.grad_enabled = outer
+
+    def backward(self, loss: Tensor) -> None:
+        """loss.backward(): a gradient of ones, then the graph."""
+        assert loss.node is not None, "no parameter wants a gradient"
+        self.backward_with(loss, self.new(loss.shape, loss.dtype, "ones_like"))
+
+    def backward_with(self, output: Tensor, grad: Tensor) -> None:
+        """output.backward(grad)."""
+        assert output.node is not None, "no parameter wants a gradient"
+        run_backward(self, output.node, grad)
+        finish_leaves(self)
+
+    def fit_gradient(self, grad: Tensor, shape: Shape, dtype: DType) -> Tensor:
+        """engine.cpp, validate_outputs: reduce a broadcast gradient, cast to the input's dtype."""
+        if grad.shape is not shape and _is_broadcast(grad.shape, shape):
+            self.count(grad_bytes(grad))
+            grad = self.new(shape, grad.dtype, "sum (broadcast gradient)")
+        if grad.dtype is not dtype:
+            self.count(grad_bytes(grad))
+            layout = grad.contiguous
+            grad = self.new(grad.shape, dtype, "to (gradient)")
+            grad.contiguous = layout
+        return grad
+
+    def accumulate_leaf(self, leaf: Tensor, grad: Tensor) -> None:
+        """The input buffer of a leaf's AccumulateGrad: it runs when every use has sent its part."""
+        leaf.pending -= 1
+        held = leaf.waiting
+        if held is None:
+            leaf.waiting = grad
+            self.leaves_waiting.append(leaf)
+        else:
+            self.count(3 * grad_bytes(grad))
+            if held.based:  # not in place: see tensor._accumulate
+                leaf.waiting = self.new(held.shape, held.dtype, "add (gradients)")
+        del held, grad
+        if leaf.pending <= 0:
+            self.take_leaf(leaf)
+
+    def take_leaf(self, leaf: Tensor) -> None:
+        """AccumulateGrad: steal the first gradient, add the later ones in place."""
+        grad, leaf.waiting = leaf.waiting, None
+        self.leaves_waiting = [other for other in self.leaves_waiting if other is not leaf]
+        assert grad is not None
+        if leaf.grad is None:
+            if not grad.contiguous:  # accumulate_grad.h: a copy in the leaf's memory order
+                self.count(2 * grad_bytes(grad))
+                grad = self.new(grad.shape, grad.dtype, "clone (gradient)")
+            leaf.grad = grad.detach()
+            if grad.storage is not None:
+                grad.storage.block.category = "gradients"
+        else:
+            self.count(3 * grad_bytes(grad))
+        if self.on_leaf_gradient is not None:
+            self.on_leaf_gradient(leaf)
+
+
+def is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1  # an array dimension is never broadcast
+
+
+def _is_broadcast(shape: Shape, target: Shape) -> bool:
+    if len(shape) != len(target):
+        return len(shape) > len(target)
+    return any(is_one(t) and not is_one(s) for s, t in zip(shape, target, strict=True))

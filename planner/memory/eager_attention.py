@@ -1,0 +1,116 @@
+"""Attention as products and a softmax, one operation after another: attn_implementation="eager".
+
+q (B, h, S, d); k, v (B, h_kv, K, d). Tensors come as (B, S, h, d) in memory, transposed.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from planner.dtypes import F32, DType
+from planner.memory.attention import bool_mask, repeat_kv
+from planner.memory.ops import Engine
+from planner.memory.sizes import decide
+from planner.memory.tensor import Tensor
+from planner.memory.work import grad_bytes
+
+
+def eager(
+    t: Engine, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """transformers' eager_attention_forward: (output (B, S, h, d), weights (B, h, S, K)). The mask
+    is of the embeddings' dtype and promotes the scores; softmax is in fp32."""
+    groups = q.shape[1] // k.shape[1]
+    keys, values = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
+    weights = t.scale(matmul(t, q, keys, transposed=True))
+    if softcap is not None:
+        weights = t.scale(weights, "div")
+        weights = t.tanh(weights)
+        weights = t.scale(weights)
+    if mask is not None:
+        weights = t.add(weights, mask, "add (mask)")
+    weights = t.to(softmax(t, weights), q.dtype)
+    weights = t.dropout(weights, dropout)
+    out = matmul(t, weights, values)
+    out = t.contiguous(t.transpose(out, 1, 2))
+    return out, weights
+
+
+def eager_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+    """Eager attention of pieces of `length` positions, as one batch of them: (1, P, h, d)."""
+    _, heads, positions, dim = q.shape
+    shape = (positions // length, heads, length, dim)
+    q, k, v = (t.alias(x, shape, False, reshapes=False) for x in (q, k, v))
+    out, _weights = eager(t, q, k, v, None)
+    return t.alias(out, (1, positions, heads, dim), True)
+
+
+def eager_mask(t: Engine, batch: Any, length: Any, dtype: DType, window: bool = False) -> Tensor:
+    """masking_utils.eager_mask: (B, 1, S, S) of 0 and finfo.min, made of a boolean one."""
+    allowed = bool_mask(t, batch, length, window)
+    mask = t.new(allowed.shape, dtype, "where (mask)")
+    del allowed
+    return mask
+
+
+def softmax(t: Engine, x: Tensor) -> Tensor:
+    """softmax(x, -1, dtype=float32): 16-bit scores are read as they are (half_to_float); saves its
+    result; the gradient is of the scores' dtype."""
+    out = t.new(x.shape, F32, "softmax")
+    t.count(grad_bytes(x) + grad_bytes(out))
+    shape, dtype = x.shape, x.dtype
+
+    def backward(g: Tensor) -> tuple[Tensor]:
+        t.count(prod(shape) * (8 + dtype.itemsize))
+        return (t.new(shape, dtype, "softmax (backward)"),)
+
+    return t.record(out, (x,), (out,), backward)
+
+
+def matmul(t: Engine, a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
+    """torch.matmul of (B, h, n, m) with (B, h, m, p), or with b.transpose(2, 3) of (B, h, p, m):
+    both are reshaped to (B·h, ., .), which copies transposed heads unless B is 1, then bmm."""
+    a, b = t.lower(a), t.lower(b)
+    last = b.shape[2] if transposed else b.shape[3]
+    out = bmm(t, _merge_heads(t, a), _merge_heads(t, b, transposed))
+    shape, merged = (*a.shape[:-1], last), out.shape
+    result = out.view(shape)
+
+    def backward(g: Tensor) -> tuple[Tensor]:
+        if not g.contiguous and decide(shape[0] > 1):
+            g = t.new(shape, g.dtype, "reshape (backward)")
+        return (g.view(merged, True),)
+
+    return t.record(result, (out,), (), backward)
+
+
+def _merge_heads(t: Engine, x: Tensor, transposed: bool = False) -> Tensor:
+    """x.reshape(B·h, n, m), or the same of x.transpose(2, 3)."""
+    batch, heads, n, m = shape = x.shape
+    if not x.contiguous and not decide(batch == 1):
+        x = t.clone(x, "reshape")
+    out = x.view((batch * heads, m, n) if transposed else (batch * heads, n, m), True)
+    return t.record(out, (x,), (), lambda g: (g.view(shape, True),))
+
+
+def bmm(t: Engine, a: Tensor, b: Tensor) -> Tensor:
+    """torch.bmm of (N, n, m) and (N, m, p): saves what the other's gradient needs."""
+    (number, n, m), p = a.shape, b.shape[-1]
+    dtype = a.dtype
+    out = t.new((number, n, p), dtype, "bmm")
+    flops, traffic = 2 * number * n * m * p, dtype.itemsize * number * (n * m + m * p + n * p)
+    t.count_matmul(flops, traffic, dtype)
+    shapes, needs = (a.shape, b.shape), (a.requires_grad, b.requires_grad)
+
+    def backward(g: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None, None]
+        for index in (1, 0):  # the gradient of mat2 is made first
+            if needs[index]:
+                t.count_matmul(flops, traffic, dtype)
+                grads[index] = t.new(shapes[index], dtype, "bmm (backward)")
+        return tuple(grads)
+
+    saved = (a if needs[1] else None, b if needs[0] else None)
+    return t.record(out, (a, b), saved, backward)
