@@ -19,9 +19,9 @@ import torch
 from transformers import TrainerCallback
 
 from planner.spec import RunSpec, spec_from_mapping
+from recipes.benchmark_evaluation import evaluation_row, profiled
 from recipes.build import Built, build
 from recipes.console import note, out
-from recipes.evaluation.scoring import Prompt, generate_answers, score_options
 from recipes.lean import LeanOptions, LeanStep
 from recipes.stock import stock_trainer
 from recipes.synthetic import RandomSamples, stack
@@ -117,7 +117,7 @@ def run(case: Case) -> dict[str, Any]:
         losses = runner(built, spec, case, meter)
     except torch.OutOfMemoryError:
         if meter.peak_allocated_bytes == 0:
-            raise
+            return {"name": case.name, "stack": spec.stack, "outcome": "out of memory"}
         losses = []
     return _row(case, built, meter, build_s, resident, losses, began)
 
@@ -188,21 +188,6 @@ def _lean(built: Built, spec: RunSpec, case: Case, meter: _Meter) -> list[float]
     return [loss.item() for loss in losses]
 
 
-def profiled(function: Callable[[], Any], rows: int = 40) -> str:
-    """One call's kernels by time, as torch's profiler tables them."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return profile.key_averages().table(
-        sort_by=key, row_limit=rows, max_name_column_width=110, header="profile"
-    )
-
-
 def _stock(built: Built, spec: RunSpec, case: Case, meter: _Meter) -> list[float]:
     count = spec.micro_batch_size * spec.gradient_accumulation_steps * (meter.steps + 1)
     samples = RandomSamples(spec, built.config, count)
@@ -243,40 +228,6 @@ def _row(
         "useful_flops_per_s": useful_flops(built, tokens) / step_s,
         "floor_bytes": resident + sum(p.numel() * 12 for p in trained),
         "first_losses": losses[:3],
-    }  # fmt: skip
-
-
-def evaluation_row(values: dict[str, Any], questions: int = 100) -> dict[str, Any]:
-    """Seconds for `questions` four-choice questions by option scoring and by the seed's way, on
-    one model. Random token ids; lengths spread as in MMMLU (60 to 300 after a prefix of 40)."""
-    spec = spec_from_mapping(values["spec"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    built = build(spec, config=values.get("config"), device=device)
-    base = built.base.eval()
-    draw = torch.Generator().manual_seed(0)
-    top = built.config.get_text_config().vocab_size
-    low = min(8_712, top - 64)
-    longest = 300 if device.type == "cuda" else 30
-
-    def ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(low, top, (count,), generator=draw).tolist())
-
-    prefix = ids(40)
-    lengths = torch.randint(longest // 5, longest, (questions,), generator=draw).tolist()
-    prompts, letters = [Prompt(ids(length)) for length in lengths], list(ids(4))
-    score_options(base, prefix, prompts[:8], letters)
-    generate_answers(base, None, prefix, prompts[:2])
-    seconds = []
-    for answer in (
-        lambda: score_options(base, prefix, prompts, letters),
-        lambda: generate_answers(base, None, prefix, prompts),
-    ):
-        began = time.perf_counter()
-        answer()
-        seconds.append(time.perf_counter() - began)
-    return {
-        "name": values["name"], "questions": questions, "options_s": seconds[0],
-        "generate_s": seconds[1], "times_faster": seconds[1] / seconds[0],
     }  # fmt: skip
 
 

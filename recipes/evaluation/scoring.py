@@ -63,12 +63,13 @@ def score_options(
     prompts: Sequence[Prompt],
     letters: Sequence[int],
     *,
-    tokens_at_once: int = 16_384,
+    tokens_at_once: int = 4_096,
 ) -> list[Answer]:
     """Answers by the largest of the letters' log-probabilities, in the order of `prompts`.
 
     prefix: ids shared by all, may be empty; letters: one id an option. At most `tokens_at_once`
-    tokens, padding included, run in one forward. The model must be in eval mode.
+    tokens, padding included, run in one forward: more only adds padding, once the card is busy.
+    The model must be in eval mode.
     """
     device = base.get_input_embeddings().weight.device
     cache = _prefix_cache(base, prefix, device)
