@@ -90,9 +90,15 @@ def cheapest(answer: Estimate, most: int = 6) -> list[Lever]:
     """
     outlines = sorted(_outlines(answer), key=lambda o: _order(answer, o.verdict, o))
     chosen = [o for o in outlines if _is_useful(answer, o, o.verdict) or not o.saved_bytes]
-    weighed = [_weigh(answer, outline) for outline in chosen[: most + _SPARE]]
-    useful = [lever for lever in weighed if _is_useful(answer, lever, lever.verdict)]
-    return sorted(useful, key=lambda lever: _order(answer, lever.verdict, lever))[:most]
+    best: list[Lever] = []
+    for outline in chosen[: most + _SPARE]:
+        if len(best) == most and not _may_precede(answer, outline, best[-1]):
+            continue
+        lever = _weigh(answer, outline)
+        if _is_useful(answer, lever, lever.verdict):
+            best = sorted([*best, lever], key=lambda lever: _order(answer, lever.verdict, lever))
+            best = best[:most]
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,7 @@ def _outline(answer: Estimate, change: Change) -> _Outline:
         "fits" if live + outside.high_bytes <= answer.device_total_bytes else "does_not_fit"
     )
     saved = answer.peak_allocated_bytes + answer.paged_bytes - live - program.states.paged_bytes
-    slower = answer.tokens_per_second * seconds / tokens - 1
+    slower = answer.tokens_per_second / (tokens / seconds) - 1
     return _Outline(change, spec, program, saved, slower, best)
 
 
@@ -166,6 +172,14 @@ def _order(answer: Estimate, verdict: Verdict, lever: Lever | _Outline) -> tuple
     if rank == _RANK["does_not_fit"]:
         return (rank, False, saved, slower)
     return (rank, lever.effect != SAME, slower, saved)
+
+
+def _may_precede(answer: Estimate, outline: _Outline, last: Lever) -> bool:
+    """Whether the outline, weighed, may come before `last`. Its bytes may differ then, and its
+    verdict; its time does not. What does not fit by its live bytes may be tight at best."""
+    best: Verdict = "tight" if outline.verdict == "does_not_fit" else outline.verdict
+    bound, known = _order(answer, best, outline), _order(answer, last.verdict, last)
+    return bool(bound[:3] <= known[:3])
 
 
 def _is_useful(answer: Estimate, lever: Lever | _Outline, verdict: Verdict) -> bool:

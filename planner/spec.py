@@ -63,7 +63,7 @@ class Lora(Section):
     """The adapter, in peft's words. `target_modules` match by suffix, as peft does."""
 
     rank: Annotated[int, Field(ge=1, le=65536)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...] | Literal["all-linear"],

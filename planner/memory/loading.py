@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from planner.dtypes import F32, DType
 from planner.memory.loaded import Loaded
@@ -30,13 +31,75 @@ def rounded(nbytes: int) -> int:
     return max(-(-nbytes // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
+class _Arrival(NamedTuple):
+    """What one tensor's arrival does, keys counted from its first allocation."""
+
+    sizes: array[int]
+    events: list[int]
+    stays: list[tuple[int, tuple[str, str]]]
+
+
 class Loading:
     """The allocator's events of loading, k-bit preparation and adapter set-up.
 
     sizes: bytes of each allocation; parts: i for the allocation of sizes[i], ~i for its release,
-    the cache emptied between one part and the next; stays: whose each lasting allocation is
-    (component, what).
+    the cache emptied between one part and the next; resident_bytes: sum of the tensors that stay
+    (the allocator's blocks hold a little more).
     """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        base = _base(loaded)
+        self._base = base
+        self._adapters: dict[int, tuple[str, str]] = {}
+        self.sizes = base.sizes[:]
+        *before, last = base.parts
+        self.parts: list[array[int]] = [*before, last[:]]
+        self._add_adapters()
+        own = sum(map(self.sizes.__getitem__, self._adapters))
+        self.resident_bytes = base.resident_bytes + own
+
+    @property
+    def stays(self) -> dict[int, tuple[str, str]]:
+        """Whose each lasting allocation is: (component, what)."""
+        return self._base.stays | self._adapters
+
+    def _add_adapters(self) -> None:
+        """peft: fp32 beside quantised and fp32 weights, else 16 bits that are then cast."""
+        loaded, last = self.loaded, self.parts[-1]
+        base = DType(loaded.spec.weights_dtype)
+        positions, by_path = loaded.positions, loaded.tree.by_path
+        sixteen = []
+        for path in sorted(loaded.adapted, key=positions.__getitem__):
+            module = by_path[path]
+            for size in adapter_sizes(loaded, module):
+                key = len(self.sizes)
+                last.append(key)
+                if loaded.is_quantized(module) or loaded.casts_to_fp32:
+                    self.sizes.append(rounded(size * 4))
+                    self._adapters[key] = ("adapter", "LoRA")
+                else:
+                    self.sizes.append(rounded(size * base.itemsize))
+                    sixteen.append((key, size))
+        for key, size in sixteen:
+            cast = len(self.sizes)
+            self.sizes.append(rounded(size * 4))
+            last.extend((cast, ~key))
+            self._adapters[cast] = ("adapter", "LoRA")
+
+
+def _base(loaded: Loaded) -> _Base:
+    """Loading without the adapters: the same for whatever does not change the weights."""
+    spec = loaded.spec
+    key = (spec.quantization, spec.double_quant, spec.weights_dtype, spec.stack, loaded.unquantized)
+    known = _bases(loaded.tree)
+    if key not in known:
+        known[key] = _Base(loaded)
+    return known[key]
+
+
+class _Base:
+    """The allocator's events of loading and k-bit preparation; as Loading."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
@@ -45,12 +108,44 @@ class Loading:
         self.parts: list[array[int]] = [array("q")]
         self.stays: dict[int, tuple[str, str]] = {}
         self._warm_up()
-        plain = [self._arrive(module, name, shape) for module, name, shape in arrivals(loaded.tree)]
+        self._load()
+        self.resident_bytes = sum(map(self.sizes.__getitem__, self.stays))
+
+    def _load(self) -> None:
+        loaded = self.loaded
+        plain: list[tuple[int, Module, tuple[int, ...]]] = []
+        alike: dict[tuple[object, ...], _Arrival] = {}
+        for module, name, shape in arrivals(loaded.tree):
+            quantized = loaded.is_quantized(module) and name == "weight"
+            kind = (quantized, module.component, shape)
+            arrival = alike.get(kind)
+            first = len(self.sizes)
+            if arrival is not None:
+                self._repeat(arrival)
+            else:
+                events = len(self.parts[-1])
+                self._arrive(module, quantized, shape)
+                alike[kind] = _Arrival(
+                    self.sizes[first:],
+                    [event - first if event >= 0 else event + first
+                     for event in self.parts[-1][events:]],
+                    [(key - first, self.stays[key]) for key in range(first, len(self.sizes))
+                     if key in self.stays],
+                )  # fmt: skip
+            if not quantized:
+                plain.append((first, module, shape))
         if loaded.casts_to_fp32:
-            self._cast_to_fp32([tensor for tensor in plain if tensor is not None])
+            self._cast_to_fp32(plain)
         if loaded.quantized and loaded.spec.stack == "stock":
             self.parts.append(array("q"))
-        self._adapters()
+
+    def _repeat(self, arrival: _Arrival) -> None:
+        """What a tensor of the same shape and storage did."""
+        first = len(self.sizes)
+        self.sizes.extend(arrival.sizes)
+        self.parts[-1].extend([e + first if e >= 0 else e - first for e in arrival.events])
+        for key, owner in arrival.stays:
+            self.stays[first + key] = owner
 
     def _take(self, nbytes: int) -> int:
         key = len(self.sizes)
@@ -66,11 +161,6 @@ class Loading:
         self.stays[key] = (component, what)
         return key
 
-    @property
-    def resident_bytes(self) -> int:
-        """Sum of the tensors that stay; the allocator's blocks hold a little more."""
-        return sum(map(self.sizes.__getitem__, self.stays))
-
     def _warm_up(self) -> None:
         dtype = DType(self.spec.weights_dtype)
         total = 0.0
@@ -82,18 +172,14 @@ class Loading:
                 total += prod(shape) * (bits if packed else dtype.itemsize)
         self._give(self._take(int(total // 2) * 2))
 
-    def _arrive(
-        self, module: Module, name: str, shape: tuple[int, ...]
-    ) -> tuple[int, Module, tuple[int, ...]] | None:
+    def _arrive(self, module: Module, quantized: bool, shape: tuple[int, ...]) -> None:
         dtype = DType(self.spec.weights_dtype)
-        if self.loaded.is_quantized(module) and name == "weight":
-            if self.spec.quantization == "int8":
-                self._quantize_8bit(module)
-            else:
-                self._quantize_4bit(module)
-            return None
-        key = self._keep(prod(shape) * dtype.itemsize, module.component, dtype.value)
-        return key, module, shape
+        if not quantized:
+            self._keep(prod(shape) * dtype.itemsize, module.component, dtype.value)
+        elif self.spec.quantization == "int8":
+            self._quantize_8bit(module)
+        else:
+            self._quantize_4bit(module)
 
     def _quantize_4bit(self, module: Module) -> None:
         size, component = prod(module.weight_shape), module.component
@@ -129,26 +215,11 @@ class Loading:
         self._give(first)
 
     def _cast_to_fp32(self, plain: list[tuple[int, Module, tuple[int, ...]]]) -> None:
-        order = {module.path: index for index, module in enumerate(self.loaded.tree.modules)}
+        order = self.loaded.positions
         for key, module, shape in sorted(plain, key=lambda entry: (order[entry[1].path], entry[0])):
             self._keep(prod(shape) * 4, module.component, F32.value)
             self._give(key)
             del self.stays[key]
-
-    def _adapters(self) -> None:
-        base = DType(self.spec.weights_dtype)
-        sixteen = []
-        for module in self.loaded.tree.modules:
-            if module.path not in self.loaded.adapted:
-                continue
-            for size in adapter_sizes(self.loaded, module):
-                if self.loaded.is_quantized(module) or self.loaded.casts_to_fp32:
-                    self._keep(size * 4, "adapter", "LoRA")
-                else:
-                    sixteen.append((self._take(size * base.itemsize), size))
-        for key, size in sixteen:
-            self._keep(size * 4, "adapter", "LoRA")
-            self._give(key)
 
 
 def adapter_sizes(loaded: Loaded, module: Module) -> tuple[int, int]:
@@ -161,6 +232,12 @@ def adapter_parameters(loaded: Loaded) -> int:
     """Elements of all adapters."""
     by_path = loaded.tree.by_path
     return sum(sum(adapter_sizes(loaded, by_path[path])) for path in loaded.adapted)
+
+
+@lru_cache(maxsize=4)
+def _bases(tree: ModelTree) -> dict[tuple[object, ...], _Base]:
+    """The loadings of a model, adapters apart, by what decides them."""
+    return {}
 
 
 @lru_cache(maxsize=8)

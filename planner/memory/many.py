@@ -130,9 +130,9 @@ def _run(spec: RunSpec, model: Model, batches: Sizes, lengths: Sizes, layers: in
     sized = spec.model_copy(update={"micro_batch_size": batches, "sequence_length": lengths})
     batch = make_batch(recorder, sized, model)
     work = run_step(engine, loaded, forward_of(model), batch, optimizer)
-    graded = [leaf for leaf in loaded.leaves.values() if leaf.grad is not None]
+    graded = {name: leaf for name, leaf in loaded.leaves.items() if leaf.grad is not None}
     states = state_bytes(loaded, optimizer, graded)
-    for leaf in graded:
+    for leaf in graded.values():
         leaf.grad = None
     return _Run(recorder.segments, states.device_bytes, states.paged_bytes, work)
 

@@ -5,7 +5,7 @@ import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from planner.dtypes import DType
@@ -13,7 +13,7 @@ from planner.errors import InputError, Problem, UnsupportedError
 from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading, rounded
 from planner.memory.ops import Engine
-from planner.memory.optimizer import Optimizer, find_optimizer
+from planner.memory.optimizer import Optimizer, State, find_optimizer
 from planner.memory.step import (
     Batch,
     Forward,
@@ -27,8 +27,10 @@ from planner.memory.step import (
 from planner.memory.storage import Instant, Recorder
 from planner.memory.stretch import RUN_LAYERS, MarkedRecorder, NotAlikeError, stretch
 from planner.memory.tensor import Tensor
+from planner.memory.work import Work
 from planner.models.lora import target_modules
 from planner.models.registry import Model
+from planner.models.tree import ModelTree
 from planner.spec import RunSpec
 
 _DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -125,6 +127,63 @@ def may_stretch(model: Model) -> bool:
 
 def _run_few(spec: RunSpec, model: Model, optimizer: Optimizer) -> Program:
     """Run RUN_LAYERS decoder layers and stretch them to all; the optimizer's part on all."""
+    key = _gradients_key(spec)
+    known = _gradients.get(key)
+    if known is None or known.model is not model:
+        known = _run_gradients(spec, model)
+        while len(_gradients) >= KEPT_GRADIENTS:
+            del _gradients[next(iter(_gradients))]
+    _gradients.pop(key, None)
+    _gradients[key] = known  # the latest last
+    loaded = load(spec, model)
+    loaded.leaves = all_layers(known.leaves, known.dtypes, model.text.num_hidden_layers)
+    recorder = Recorder()
+    recorder.blocks, recorder.sizes = known.recorder.blocks[:], known.recorder.sizes[:]
+    recorder.events = known.recorder.events[:]
+    recorder.resume(known.instants, known.recorder.live_bytes)
+    last = run_optimizer(Engine(recorder), loaded, optimizer)
+    recorder.events += known.tail
+    work = Work()
+    work.add(known.work, 1)
+    return _program(loaded, optimizer, recorder, StepWork(work, last))
+
+
+class _Gradients(NamedTuple):
+    """Forward and backward of a step, before clipping: the same whatever the optimizer.
+
+    dtypes: of the gradients, by leaf; recorder: of all layers; instants: up to the last, which is
+    open; tail: what is released at the end of the step; work: of a micro batch.
+    """
+
+    model: Model
+    leaves: dict[str, Tensor]
+    dtypes: dict[str, DType]
+    recorder: Recorder
+    instants: list[Instant]
+    tail: Any
+    work: tuple[Any, ...]
+
+
+KEPT_GRADIENTS = 8  # runs remembered for specs that differ in the optimizer or the card alone
+_gradients: dict[RunSpec, _Gradients] = {}
+
+
+def _gradients_key(spec: RunSpec) -> RunSpec:
+    """The spec without what forward and backward do not depend on."""
+    return spec.model_copy(
+        update={
+            "device": None,
+            "device_memory": None,
+            "optimizer": "sgd",
+            "max_grad_norm": 0.0,
+            "expandable_segments": False,
+            "evaluation_batch_size": 0,
+            "gradient_accumulation_steps": min(spec.gradient_accumulation_steps, 2),
+        }
+    )
+
+
+def _run_gradients(spec: RunSpec, model: Model) -> _Gradients:
     layers = model.text.num_hidden_layers
     loaded = load(spec, model)
     loaded.decoder_layers = RUN_LAYERS
@@ -140,52 +199,47 @@ def _run_few(spec: RunSpec, model: Model, optimizer: Optimizer) -> Program:
         leaf.grad = None
     del batch
     work.add(few.layer_work(), layers - RUN_LAYERS)
-    recorder, tail = stretch(few, layers)
-    loaded.decoder_layers = None
-    loaded.leaves = all_layers(loaded.leaves, dtypes, layers)
-    last = run_optimizer(Engine(recorder), loaded, optimizer)
-    recorder.events += tail
-    return _program(loaded, optimizer, recorder, StepWork(work, last))
+    recorder, instants, tail = stretch(few, layers)
+    return _Gradients(model, loaded.leaves, dtypes, recorder, instants, tail, work.counters())
 
 
 def all_layers(
     leaves: dict[str, Tensor], graded: dict[str, DType], layers: int
 ) -> dict[str, Tensor]:
-    """The leaves of every decoder layer, from those of RUN_LAYERS, in the order they are met. A
-    gradient is a dtype here: its bytes are in the recorder."""
+    """The leaves of every decoder layer by name, from those of RUN_LAYERS, in the order they are
+    met; those that layer 2 stands for share its tensor. A gradient is a dtype here: its bytes are
+    in the recorder."""
     found: dict[str, Tensor] = {}
-    groups: dict[int, list[Tensor]] = {}
-
-    def take(leaf: Tensor, name: str) -> None:
-        copy = Tensor(None, leaf.shape, leaf.dtype, leaf.requires_grad, name=name)
-        if leaf.name in graded:
-            copy.grad = Tensor(None, leaf.shape, graded[leaf.name])
-        found[name] = copy
+    groups: dict[int, list[tuple[Tensor, str, str]]] = {}
 
     for leaf in leaves.values():
+        copy = Tensor(None, leaf.shape, leaf.dtype, leaf.requires_grad, name=leaf.name)
+        if leaf.name in graded:
+            copy.grad = Tensor(None, leaf.shape, graded[leaf.name])
         match = _DECODER_LAYER.search(leaf.name)
         if match is None or leaf.name.startswith(_TOWERS):
-            take(leaf, leaf.name)
+            found[leaf.name] = copy
             continue
-        index = int(match.group(1))
-        groups.setdefault(index, []).append(leaf)
+        index, (start, end) = int(match.group(1)), match.span(1)
+        before, after = leaf.name[:start], leaf.name[end:]
+        groups.setdefault(index, []).append((copy, before, after))
         if index == RUN_LAYERS - 1 and len(groups[index]) == 1:
             for whole in range(2, layers - 1):
-                for twin in groups[2]:
-                    take(twin, twin.name.replace("layers.2.", f"layers.{whole}.", 1))
+                for twin, front, back in groups[2]:
+                    found[f"{front}{whole}{back}"] = twin
         if index != 2:
             whole = index if index < 2 else layers - 1
-            take(leaf, leaf.name.replace(f"layers.{index}.", f"layers.{whole}.", 1))
+            found[f"{before}{whole}{after}"] = copy
     return found
 
 
 def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: StepWork) -> Program:
-    graded = [leaf for leaf in loaded.leaves.values() if leaf.grad is not None]
+    graded = {name: leaf for name, leaf in loaded.leaves.items() if leaf.grad is not None}
     if not graded:
         raise InputError(Problem("lora.target_modules", "no trainable parameter gets a gradient"))
     states = state_bytes(loaded, optimizer, graded)
-    count = sum(_size(leaf) for leaf in graded)
-    for leaf in graded:
+    count = sum(_elements(leaf.shape) for leaf in graded.values())
+    for leaf in graded.values():
         leaf.grad = None
     return Program(loaded, Loading(loaded), states, recorder, work, count)
 
@@ -232,35 +286,48 @@ def make_batch(recorder: Recorder, spec: RunSpec, model: Model) -> Batch:
     return Batch(batch.ids, batch.labels, batch.mask, pixels)
 
 
-def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: list[Tensor]) -> StateBytes:
-    """Optimizer states of the parameters that get a gradient, in the order they are made."""
+def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: dict[str, Tensor]) -> StateBytes:
+    """Optimizer states of the parameters that get a gradient, by name, in the order they are made:
+    Trainer's two groups (norms and biases last, without decay), each in the model's order."""
     device: list[int] = []
     paged = 0
-    for leaf in sorted(leaves, key=partial(_group_order, loaded)):
-        module = loaded.tree.by_path.get(leaf.name.removesuffix(".weight"))
-        is_embedding = module is not None and module.kind == "embedding"
-        for state in optimizer.states(leaf, is_embedding):
-            nbytes = rounded(max(_elements(state.shape), 1) * state.dtype.itemsize)
-            if state.paged:
-                paged += nbytes
-            else:
-                device.append(nbytes)
+    sizes: dict[int, tuple[list[int], int]] = {}  # of a tensor that layers share
+    for name, is_embedding in _in_groups(loaded.tree, tuple(leaves)):
+        leaf = leaves[name]
+        known = sizes.get(id(leaf))
+        if known is None:
+            known = sizes[id(leaf)] = _state_sizes(optimizer.states(leaf, is_embedding))
+        device += known[0]
+        paged += known[1]
     return StateBytes(sum(device), paged, tuple(device))
 
 
-def _group_order(loaded: Loaded, leaf: Tensor) -> tuple[bool, int, str]:
-    """Trainer's two parameter groups (norms and biases last, without decay), each in the model's
-    order."""
-    path, _, name = leaf.name.removesuffix(".weight").partition(".lora_")
-    if not name:
-        path = leaf.name.rpartition(".")[0]
-    module = loaded.tree.by_path[path]
-    plain = leaf.name.endswith("bias") or module.kind == "norm"
-    return plain, loaded.positions[path], leaf.name
+@lru_cache(maxsize=16)
+def _in_groups(tree: ModelTree, names: tuple[str, ...]) -> list[tuple[str, bool]]:
+    """Parameters in Trainer's order, and whether each is an embedding's table."""
+    positions = {module.path: index for index, module in enumerate(tree.modules)}
+    keys = []
+    for name in names:
+        path, _, adapter = name.partition(".lora_")
+        if not adapter:
+            path = name.rpartition(".")[0]
+        kind = tree.by_path[path].kind
+        plain = name.endswith("bias") or kind == "norm"
+        keys.append((plain, positions[path], name, kind == "embedding" and not adapter))
+    return [(name, is_embedding) for _, _, name, is_embedding in sorted(keys)]
 
 
-def _size(leaf: Tensor) -> int:
-    return _elements(leaf.shape)
+def _state_sizes(states: list[State]) -> tuple[list[int], int]:
+    """Bytes of the states on the device, and of the paged ones in all."""
+    paged = 0
+    device = []
+    for state in states:
+        nbytes = rounded(max(_elements(state.shape), 1) * state.dtype.itemsize)
+        if state.paged:
+            paged += nbytes
+        else:
+            device.append(nbytes)
+    return device, paged
 
 
 def _elements(shape: tuple[Any, ...]) -> int:

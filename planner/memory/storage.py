@@ -10,8 +10,9 @@ pairs at once; nothing in this package branches on a size except where torch its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
+from itertools import compress
 from math import prod
 from typing import Any, NamedTuple
 
@@ -77,8 +78,8 @@ class Recorder:
     def __init__(self) -> None:
         self.live_bytes: Any = 0
         self.blocks: list[Block] = []
-        self.sizes: list[Any] = []  # of the blocks, for the allocator
-        self.events: list[int] = []
+        self.sizes: MutableSequence[Any] = []  # of the blocks, for the allocator
+        self.events: MutableSequence[int] = []
         self.module = ""
         self.instants: list[Instant] = []
         self._instant = "loaded"
@@ -135,10 +136,10 @@ class Recorder:
 
     def live_at(self, event: int) -> list[Block]:
         """The blocks live after the first `event` events, in order of allocation."""
-        live: set[int] = set()
+        live = bytearray(len(self.blocks))
         for index in self.events[:event]:
             if index >= 0:
-                live.add(index)
+                live[index] = 1
             else:
-                live.remove(~index)
-        return [self.blocks[index] for index in sorted(live)]
+                live[~index] = 0
+        return list(compress(self.blocks, live))

@@ -8,10 +8,12 @@ the layers gives (tests/planner/memory/test_stretch.py).
 """
 
 # Annotations stay objects here: named tuples would compile each string at import.
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from planner.memory.pools import shifted
 from planner.memory.storage import Instant, Recorder
 
 RUN_LAYERS = 4
@@ -71,11 +73,12 @@ class _Segment:
 
     foreign: positions of the events that release other segments' blocks; net and top: change of the
     live bytes over the segment, and their most above its start, `top_event` events into it.
+    touches: of a layer's segment, one of the released blocks for each segment that has any.
     """
 
     __slots__ = (
         "blocks", "events", "first_block", "foreign", "instant", "kind", "layer", "net", "sizes",
-        "top", "top_event",
+        "top", "top_event", "touches",
     )  # fmt: skip
 
     def __init__(self, run: Recorder, cut: _Cut, event_end: int, block_end: int) -> None:
@@ -83,10 +86,11 @@ class _Segment:
         self.kind, self.layer = (cut.label, cut.layer) if in_layer else ("", -1)
         self.instant = cut.instant
         self.first_block = cut.block
-        self.events = run.events[cut.event : event_end]
+        self.events = array("q", run.events[cut.event : event_end])
         self.blocks = run.blocks[cut.block : block_end]
-        self.sizes = run.sizes[cut.block : block_end]
+        self.sizes = array("q", run.sizes[cut.block : block_end])
         self.foreign: list[int] = []
+        self.touches: dict[int, int] = {}
         live = top = top_event = 0
         for position, index in enumerate(self.events):
             if index >= 0:
@@ -104,9 +108,9 @@ class NotAlikeError(Exception):
     """The layers' events differ: run them all."""
 
 
-def stretch(run: MarkedRecorder, layers: int) -> tuple[Recorder, list[int]]:
-    """The recorder of `layers` decoder layers up to the instant "end", ready to go on, and the
-    events after it. Raises NotAlikeError."""
+def stretch(run: MarkedRecorder, layers: int) -> "tuple[Recorder, list[Instant], array[int]]":
+    """The recorder of `layers` decoder layers up to the instant "end", the instants (for
+    `Recorder.resume`), and the events after it. Raises NotAlikeError."""
     segments = _segments(run)
     _check(segments)
     return _Stretch(segments, layers).result()
@@ -120,7 +124,7 @@ def _segments(run: MarkedRecorder) -> list[_Segment]:
 
 def _check(segments: list[_Segment]) -> None:
     """Layers 1 and 2 must have the same blocks in the same order, forward and backward."""
-    by_place: dict[tuple[str, int], list[list[int]]] = {}
+    by_place: dict[tuple[str, int], list[array[int]]] = {}
     for segment in segments:
         if segment.kind:
             by_place.setdefault((segment.kind, segment.layer), []).append(segment.sizes)
@@ -135,8 +139,15 @@ class _Stretch:
     def __init__(self, segments: list[_Segment], layers: int) -> None:
         self.segments = segments
         self.layers = layers
-        self.starts = [segment.first_block for segment in segments]
+        owners = [index for index, segment in enumerate(segments) if segment.blocks]
+        self.owners = owners  # segments with blocks
+        self.starts = array("q", [segments[index].first_block for index in owners])
+        for segment in segments:
+            if segment.kind:
+                sources = [~segment.events[position] for position in segment.foreign]
+                segment.touches = {self._owner(source): source for source in sources}
         self.recorder = Recorder()
+        self.recorder.events, self.recorder.sizes = array("q"), array("q")
         self.live = 0
         self.open: Instant | None = None
         # (kind, layer of the whole, turn) -> where its blocks start; others by segment
@@ -154,7 +165,7 @@ class _Stretch:
             seen[place] = turns[-1] + 1
         return turns
 
-    def result(self) -> tuple[Recorder, list[int]]:
+    def result(self) -> "tuple[Recorder, list[Instant], array[int]]":
         recorder = self.recorder
         instants: list[Instant] = []
         current, top, top_event, start = "loaded", 0, 0, 0
@@ -171,10 +182,10 @@ class _Stretch:
         before = len(recorder.events)
         live = self.live
         self._emit(index, segment, -1)
-        tail = recorder.events[before:]
+        tail = array("q", recorder.events[before:])
         del recorder.events[before:]
-        recorder.resume(instants, live)
-        return recorder, tail
+        recorder.live_bytes = live
+        return recorder, instants, tail
 
     def _plan(self) -> Iterator[tuple[int, _Segment, int]]:
         """(template's index, template, layer of the whole or -1) in the order of the step."""
@@ -194,29 +205,34 @@ class _Stretch:
 
     def _emit(self, index: int, segment: _Segment, whole: int) -> None:
         recorder = self.recorder
-        shift = len(recorder.blocks) - segment.first_block
-        events = [e + shift if e >= 0 else e - shift for e in segment.events]
+        base = len(recorder.blocks)
+        shift = base - segment.first_block
+        shifts = array("q", [shift]) * len(self.starts)
         if whole < 0:
-            self.segment_base[index] = len(recorder.blocks)
-            events = self._with_repeats(segment, events)
+            self.segment_base[index] = base
+            events = self._with_repeats(segment, shifted(segment.events, self.starts, shifts))
+            recorder.blocks += segment.blocks
+            recorder.sizes.extend(segment.sizes)
+            sizes = recorder.sizes
+            self.live += sum([sizes[e] if e >= 0 else -sizes[~e] for e in events])
         else:
-            base = segment.first_block + shift
             self.layer_base[segment.kind, whole, self.turns[index]] = base
-            for position in segment.foreign:
-                source = ~segment.events[position]
-                events[position] = ~self._elsewhere(source, whole - segment.layer, segment.layer)
+            for owner, source in segment.touches.items():
+                found = self._elsewhere(source, whole - segment.layer, segment.layer)
+                shifts[owner] = found - source
+            events = shifted(segment.events, self.starts, shifts)
+            recorder.blocks += segment.blocks
+            recorder.sizes.extend(segment.sizes)
             self.live += segment.net
-        recorder.events += events
-        recorder.blocks += segment.blocks
-        recorder.sizes += segment.sizes
+        recorder.events.extend(events)
+
+    def _owner(self, source: int) -> int:
+        """Which of the segments with blocks has this one."""
+        return bisect_right(self.starts, source) - 1
 
     def _elsewhere(self, source: int, shift: int, layer: int) -> int:
         """The block of another segment that stands in the same relation to this layer."""
-        place = bisect_right(self.starts, source) - 1
-        while not self.segments[place].blocks or source >= (
-            self.starts[place] + len(self.segments[place].blocks)
-        ):
-            place -= 1
+        place = self.owners[self._owner(source)]
         other = self.segments[place]
         offset = source - other.first_block
         if not other.kind:
@@ -225,9 +241,9 @@ class _Stretch:
         whole = other.layer + shift if near else _outer(other.layer, self.layers)
         return self.layer_base[other.kind, whole, self.turns[place]] + offset
 
-    def _with_repeats(self, segment: _Segment, events: list[int]) -> list[int]:
+    def _with_repeats(self, segment: _Segment, events: "array[int]") -> "array[int]":
         """A segment between layers: what it releases of layer 2 it releases of all alike."""
-        found: list[int] = []
+        found = array("q")
         run: list[tuple[str, int, int]] = []  # releases of layer 2 in a row
         done = 0
         for position in segment.foreign:
@@ -245,23 +261,17 @@ class _Stretch:
                 found.append(~(self.segment_base[turn] + offset))
         self._repeat(run, found)
         found += events[done:]
-        sizes = self.recorder.sizes + segment.sizes
-        self.live += sum(sizes[e] if e >= 0 else -sizes[~e] for e in found)
         return found
 
-    def _repeat(self, run: list[tuple[str, int, int]], found: list[int]) -> None:
+    def _repeat(self, run: list[tuple[str, int, int]], found: "array[int]") -> None:
+        bases = self.layer_base
         for whole in range(2, self.layers - 1) if run else ():
-            for kind, turn, offset in run:
-                found.append(~(self.layer_base[kind, whole, turn] + offset))
+            found.extend([~(bases[kind, whole, turn] + offset) for kind, turn, offset in run])
         run.clear()
 
     def _place(self, source: int) -> tuple[str, int, int, int]:
         """(kind, layer, turn, offset) of a block; turn is the segment's index outside layers."""
-        place = bisect_right(self.starts, source) - 1
-        while not self.segments[place].blocks or source >= (
-            self.starts[place] + len(self.segments[place].blocks)
-        ):
-            place -= 1
+        place = self.owners[self._owner(source)]
         other = self.segments[place]
         offset = source - other.first_block
         if other.kind:

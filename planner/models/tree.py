@@ -47,6 +47,13 @@ class ModelTree:
 
     modules: tuple[Module, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.modules)
+
     @cached_property
     def by_path(self) -> dict[str, Module]:
         return {module.path: module for module in self.modules}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+import planner.levers
 from planner.arguments import parse_arguments
 from planner.estimate import estimate
-from planner.levers import apply, changes, cheapest, levers
+from planner.levers import _is_useful, _order, _weigh, apply, changes, cheapest, levers
+from planner.memory import program
 from planner.spec import RunSpec
 from tests.planner.tiny import tiny_spec
 
@@ -68,3 +70,34 @@ def _get(spec: RunSpec, dotted: str) -> object:
     for part in dotted.split("."):
         value = getattr(value, part)
     return value
+
+
+@pytest.mark.parametrize("memory", ["0.4GiB", "0.6GiB", "0.8GiB", "1GiB", "1.2GiB", "8GiB"])
+@pytest.mark.parametrize("fields", SPECS)
+def test_what_is_not_weighed_could_not_have_been_shown(
+    tiny: str, fields: dict[str, object], memory: str
+) -> None:
+    answer = estimate(tiny_spec(tiny, **{**fields, "device_memory": memory}))
+    outlines = sorted(
+        planner.levers._outlines(answer),
+        key=lambda outline: _order(answer, outline.verdict, outline),
+    )
+    chosen = [o for o in outlines if _is_useful(answer, o, o.verdict) or not o.saved_bytes]
+    for most in (1, 3, 6):
+        weighed = [_weigh(answer, outline) for outline in chosen[: most + planner.levers._SPARE]]
+        useful = [lever for lever in weighed if _is_useful(answer, lever, lever.verdict)]
+        best = sorted(useful, key=lambda lever: _order(answer, lever.verdict, lever))[:most]
+        assert cheapest(answer, most) == best
+
+
+@pytest.mark.parametrize("fields", SPECS)
+def test_a_remembered_forward_and_backward_changes_no_answer(
+    tiny: str, fields: dict[str, object]
+) -> None:
+    spec = tiny_spec(tiny, **fields)
+    others = [apply(spec, {"optimizer": name}) for name in ("sgd", "adamw_torch", "lion_8bit")]
+    program._gradients.clear()
+    together = [estimate(other) for other in (*others, *others)]
+    for answer, other in zip(together, (*others, *others), strict=True):
+        program._gradients.clear()
+        assert answer == estimate(other)

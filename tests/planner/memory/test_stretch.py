@@ -36,7 +36,7 @@ def test_stretched_step_equals_whole_step(values: dict[str, Any]) -> None:
     whole, stretched = run(spec, model, Recorder()), run(spec, model)
     assert len(stretched.recorder.events) == len(whole.recorder.events)
     if values not in SWEPT:
-        assert stretched.recorder.events == whole.recorder.events
+        assert list(stretched.recorder.events) == whole.recorder.events
     assert _blocks(stretched.recorder) == _blocks(whole.recorder)
     assert _peaks(stretched.recorder) == _peaks(whole.recorder)
     assert stretched.states == whole.states
