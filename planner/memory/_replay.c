@@ -24,16 +24,120 @@ static const int64_t SMALL = 1 << 20, MIN_REMAINDER = 1 << 20, LARGE_BUFFER = 20
 typedef struct { int64_t size, address; int32_t prev, next; char free; } Block;
 typedef struct { int64_t size, address; int32_t block; } Free;
 
+typedef struct { int64_t address, size; } Stretch;
+typedef struct { Stretch *items; int32_t count, room; } Stretches; /* by ascending address */
+
+/* planner/memory/addresses.py */
+typedef struct { Stretches gaps, left, ranges; int64_t depth; } Space; /* depth: TOP less the lowest */
+
 typedef struct {
     Block *blocks; int32_t count, room;
     Free *frees; int32_t free_count, free_room;
     int32_t *held; int64_t held_room;
-    int64_t next_address, allocated, peak_allocated, reserved, peak_reserved, small, small_peak;
+    Space space;
+    int64_t allocated, peak_allocated, reserved, peak_reserved, small, small_peak;
     int64_t refused; /* the least of the reserves that a cap has refused */
 } Pool;
 
 typedef struct { Py_buffer events, sizes; int64_t base; int flags; } Part;
 typedef struct { Py_ssize_t part, event; } Place;
+
+static const int64_t RANGE = 32 << 20, TOP = (int64_t)1 << 46;
+
+static int32_t stretch_place(const Stretches *l, int64_t address) {
+    int32_t low = 0, high = l->count;
+    while (low < high) {
+        int32_t middle = (low + high) / 2;
+        if (l->items[middle].address < address) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+static int stretch_add(Stretches *l, int64_t address, int64_t size) {
+    if (l->count == l->room) {
+        int32_t room = l->room ? 2 * l->room : 64;
+        Stretch *grown = realloc(l->items, room * sizeof(Stretch));
+        if (!grown) return 0;
+        l->items = grown; l->room = room;
+    }
+    int32_t place = stretch_place(l, address);
+    memmove(l->items + place + 1, l->items + place, (l->count - place) * sizeof(Stretch));
+    l->items[place] = (Stretch){address, size};
+    l->count++;
+    return 1;
+}
+
+static void stretch_drop(Stretches *l, int32_t place) {
+    memmove(l->items + place, l->items + place + 1, (l->count - place - 1) * sizeof(Stretch));
+    l->count--;
+}
+
+/* Add a stretch, one with its free neighbours between low and high; it is returned in `joined`. */
+static int stretch_join(Stretches *l, int64_t address, int64_t size, int64_t low, int64_t high,
+                        Stretch *joined) {
+    int32_t place = stretch_place(l, address);
+    if (place < l->count && address + size < high && l->items[place].address == address + size) {
+        size += l->items[place].size;
+        stretch_drop(l, place);
+    }
+    if (place && address > low
+        && l->items[place - 1].address + l->items[place - 1].size == address) {
+        address = l->items[place - 1].address;
+        size += l->items[place - 1].size;
+        stretch_drop(l, place - 1);
+    }
+    *joined = (Stretch){address, size};
+    return stretch_add(l, address, size);
+}
+
+/* -1: no memory here. */
+static int64_t range_address(Space *s, int64_t whole) {
+    int64_t step = whole & (whole - 1) ? RANGE : whole;
+    for (int32_t place = s->gaps.count - 1; place >= 0; place--) {
+        Stretch gap = s->gaps.items[place];
+        int64_t address = (gap.address + gap.size - whole) / step * step;
+        if (gap.address + gap.size < whole || address < gap.address) continue;
+        stretch_drop(&s->gaps, place);
+        int64_t after = gap.address + gap.size - address - whole;
+        if (address > gap.address && !stretch_add(&s->gaps, gap.address, address - gap.address))
+            return -1;
+        if (after && !stretch_add(&s->gaps, address + whole, after)) return -1;
+        return address;
+    }
+    int64_t low = TOP - s->depth, address = (low - whole) / step * step;
+    if (address + whole < low
+        && !stretch_add(&s->gaps, address + whole, low - address - whole)) return -1;
+    s->depth = TOP - address;
+    return address;
+}
+
+static int64_t space_take(Space *s, int64_t size) {
+    for (int32_t place = 0; place < s->left.count; place++) {
+        Stretch *left = &s->left.items[place];
+        if (left->size < size) continue;
+        int64_t address = left->address;
+        left->address += size;
+        left->size -= size;
+        if (!left->size) stretch_drop(&s->left, place);
+        return address;
+    }
+    int64_t whole = (size + RANGE - 1) / RANGE * RANGE, address = range_address(s, whole);
+    if (address < 0 || !stretch_add(&s->ranges, address, whole)) return -1;
+    if (whole > size && !stretch_add(&s->left, address + size, whole - size)) return -1;
+    return address;
+}
+
+static int space_give(Space *s, int64_t address, int64_t size) {
+    int32_t place = stretch_place(&s->ranges, address + 1) - 1;
+    Stretch range = s->ranges.items[place], joined;
+    if (!stretch_join(&s->left, address, size, range.address, range.address + range.size, &joined))
+        return 0;
+    if (joined.address != range.address || joined.size != range.size) return 1;
+    stretch_drop(&s->ranges, place);
+    stretch_drop(&s->left, stretch_place(&s->left, joined.address));
+    return stretch_join(&s->gaps, range.address, range.size, 0, TOP, &joined);
+}
 
 static int find(const Pool *p, int64_t size, int64_t address) {
     int32_t low = 0, high = p->free_count;
@@ -78,15 +182,20 @@ static int32_t fresh(Pool *p, int64_t size, int64_t address, int32_t prev, int32
     return p->count++;
 }
 
-static void release_cached(Pool *p) {
+static int release_cached(Pool *p) {
     int32_t kept = 0;
     for (int32_t i = 0; i < p->free_count; i++) {
         Free f = p->frees[i];
         Block *b = &p->blocks[f.block];
-        if (b->prev < 0 && b->next < 0) { b->free = 0; p->reserved -= b->size; }
+        if (b->prev < 0 && b->next < 0) {
+            b->free = 0;
+            p->reserved -= b->size;
+            if (!space_give(&p->space, b->address, b->size)) return 0;
+        }
         else p->frees[kept++] = f;
     }
     p->free_count = kept;
+    return 1;
 }
 
 static void absorb(Pool *p, int32_t block, int32_t other, int before) {
@@ -127,7 +236,7 @@ static int take(Pool *p, int64_t key, int64_t size, int64_t cap, int64_t stop) {
         if (stop >= 0 && p->reserved + segment > stop) return 2;
         if (cap >= 0 && p->reserved + segment > cap) {
             if (p->reserved + segment < p->refused) p->refused = p->reserved + segment;
-            release_cached(p);
+            if (!release_cached(p)) return -1;
             if (p->reserved + segment > cap) {
                 if (p->reserved + segment < p->refused) p->refused = p->reserved + segment;
                 return 0;
@@ -135,9 +244,9 @@ static int take(Pool *p, int64_t key, int64_t size, int64_t cap, int64_t stop) {
         }
         p->reserved += segment;
         if (p->reserved > p->peak_reserved) p->peak_reserved = p->reserved;
-        block = fresh(p, segment, p->next_address, -1, -1);
+        int64_t address = space_take(&p->space, segment);
+        block = address < 0 ? -1 : fresh(p, segment, address, -1, -1);
         if (block < 0) return -1;
-        p->next_address += segment;
     }
     int64_t rest = p->blocks[block].size - size;
     if (rest > MIN_REMAINDER) {
@@ -199,7 +308,7 @@ static int run_all(Pool *p, const Part *parts, Py_ssize_t count, Place *at, int6
         }
         int state = run(p, part, &at->event, capped ? cap : -1, capped ? stop : -1);
         if (state != 1) return state;
-        if (part->flags & RELEASE) release_cached(p);
+        if (part->flags & RELEASE && !release_cached(p)) return -1;
     }
     return 1;
 }
@@ -235,7 +344,17 @@ static void drop_pool(Pool *p) {
     free(p->blocks);
     free(p->frees);
     free(p->held);
+    free(p->space.gaps.items);
+    free(p->space.left.items);
+    free(p->space.ranges.items);
     memset(p, 0, sizeof(Pool));
+}
+
+static int copy_stretches(Stretches *to, const Stretches *from) {
+    to->items = malloc((from->room + 1) * sizeof(Stretch));
+    if (!to->items) return 0;
+    if (from->count) memcpy(to->items, from->items, from->count * sizeof(Stretch));
+    return 1;
 }
 
 /* `to` becomes a copy of `from`; what it had is dropped. */
@@ -245,6 +364,10 @@ static int copy_pool(Pool *to, const Pool *from) {
     to->blocks = malloc((from->room + 1) * sizeof(Block));
     to->frees = malloc((from->free_room + 1) * sizeof(Free));
     to->held = malloc((from->held_room + 1) * sizeof(int32_t));
+    to->space.gaps.items = to->space.left.items = to->space.ranges.items = NULL;
+    if (!copy_stretches(&to->space.gaps, &from->space.gaps)
+        || !copy_stretches(&to->space.left, &from->space.left)
+        || !copy_stretches(&to->space.ranges, &from->space.ranges)) return -1;
     if (!to->blocks || !to->frees || !to->held) return -1;
     if (from->count) memcpy(to->blocks, from->blocks, from->count * sizeof(Block));
     if (from->free_count) memcpy(to->frees, from->frees, from->free_count * sizeof(Free));

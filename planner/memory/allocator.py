@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 from planner.errors import VramwiseError
+from planner.memory.addresses import AddressSpace
 
 MIN_BLOCK_BYTES = 512  # kMinBlockSize: every size is a multiple of it
 SMALL_BYTES = 1 << 20  # kSmallSize: the largest request of the small pool
@@ -83,7 +84,8 @@ class CachingAllocator:
         least = MIN_BLOCK_BYTES if expandable_segments else SMALL_BYTES + 1
         self._small = _Pool(SMALL_BUFFER_BYTES, MIN_BLOCK_BYTES)
         self._large = _Pool(LARGE_BUFFER_BYTES, least)
-        self._next_address = ROUND_LARGE_BYTES
+        self._space = AddressSpace()
+        self._next_address = ROUND_LARGE_BYTES  # of expandable segments
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.retries = 0
@@ -126,6 +128,7 @@ class CachingAllocator:
                 elif block.prev is None and block.next is None:
                     pool.remove(block)
                     self.reserved_bytes -= block.size
+                    self._space.give(block.address, block.size)
 
     def reset_peaks(self) -> None:
         """`torch.cuda.reset_peak_memory_stats`."""
@@ -162,8 +165,7 @@ class CachingAllocator:
             return None
         if self.expandable:
             return self._grow(pool, size)
-        block = Block(self._next_address, wanted, pool)
-        self._next_address += wanted
+        block = Block(self._space.take(wanted), wanted, pool)
         self._reserve(wanted)
         return block
 

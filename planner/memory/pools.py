@@ -17,6 +17,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from planner.memory.addresses import AddressSpace
 from planner.memory.allocator import (
     LARGE_BUFFER_BYTES,
     MIN_LARGE_BYTES,
@@ -133,9 +134,8 @@ class Pools:
     """Blocks as parallel lists: block i has size, address, neighbours, and whether it is free."""
 
     __slots__ = (
-        "addresses", "allocated", "at", "bins", "frees", "held", "next_address", "nexts",
-        "peak_allocated", "peak_reserved", "prevs", "reserved", "size_of", "sizes", "small",
-        "small_peak",
+        "addresses", "allocated", "at", "bins", "frees", "held", "nexts", "peak_allocated",
+        "peak_reserved", "prevs", "reserved", "size_of", "sizes", "small", "small_peak", "space",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -148,7 +148,8 @@ class Pools:
         self.bins: dict[int, list[int]] = {}  # size -> addresses, ascending
         self.sizes: list[int] = []  # keys of `bins`, ascending; a bin may be empty
         self.held: dict[int, int] = {}  # storage -> block
-        self.allocated = self.reserved = self.next_address = 0
+        self.space = AddressSpace()
+        self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = self.small = self.small_peak = 0
 
     def reset_peaks(self) -> None:
@@ -165,6 +166,7 @@ class Pools:
                     del self.at[address]
                     self.frees[block] = False
                     self.reserved -= size
+                    self.space.give(address, size)
                 else:
                     kept.append(address)
             self.bins[size] = kept
@@ -256,8 +258,7 @@ class Pools:
                         self.peak_reserved = self.reserved
                     block = len(size_of)
                     size_of.append(taken)
-                    addresses_of.append(self.next_address)
-                    self.next_address += taken
+                    addresses_of.append(self.space.take(taken))
                     prevs.append(_NONE)
                     nexts.append(_NONE)
                     frees.append(False)
