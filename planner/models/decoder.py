@@ -230,12 +230,6 @@ def head_module(geometry: DecoderGeometry, prefix: str, tied: bool) -> Module:
     return linear("lm_head", "lm_head", geometry.hidden_size, geometry.vocab_size, tied_to=tied_to)
 
 
-def causal_modules(geometry: DecoderGeometry) -> Iterator[Module]:
-    """A text-only `...ForCausalLM`: the stack under "model.", then lm_head."""
-    yield from stack_modules(geometry, "model.")
-    yield head_module(geometry, "model.", geometry.tie_word_embeddings)
-
-
 def _layer_modules(g: DecoderGeometry, prefix: str) -> Iterator[Module]:
     yield from _attention_modules(g, f"{prefix}self_attn.")
     yield from _mlp_modules(g, f"{prefix}mlp.")

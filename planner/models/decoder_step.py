@@ -16,7 +16,6 @@ from planner.memory import norms, vocabulary
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
 from planner.memory.sizes import decide
-from planner.memory.step import Batch
 from planner.memory.tensor import Tensor
 from planner.models.decoder import SLIDING, Attention, DecoderGeometry
 
@@ -253,17 +252,6 @@ def turned(t: Engine, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     del negated, first, second
     swapped = t.mul(swapped, sin)
     return t.add(scaled, swapped)
-
-
-def causal_forward(
-    t: Engine, loaded: Loaded, geometry: DecoderGeometry, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """`...ForCausalLM.forward` of a text-only model: (loss, logits)."""
-    decoder = Decoder(t, loaded, geometry, "model.")
-    embeds = decoder.embed(batch.ids)
-    hidden = decoder.layers(embeds)
-    del embeds  # `inputs_embeds` lives until the backbone's forward returns
-    return head_and_loss(t, loaded, geometry, hidden, batch.labels)
 
 
 def head_and_loss(

@@ -1,4 +1,4 @@
-"""What families share about images: text models take none, and some need to know the size."""
+"""What families share about images: its tensor, and the size that some need to know."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ from planner.dtypes import DType
 from planner.errors import InputError, Problem
 from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
-from planner.models.decoder import DecoderGeometry
-
-
-def no_images(geometry: DecoderGeometry, image_size: int | None) -> int:
-    """`image_tokens` and `image_features` of a text-only family: raises InputError."""
-    raise InputError(
-        Problem("images_per_sample", f"{geometry.model_type} models take no images", allowed="0")
-    )
 
 
 def needed_size(model_type: str, image_size: int | None) -> int:

@@ -1,11 +1,14 @@
-"""The step program of CLIP and SigLIP towers: transformers' modelling code in the same order.
+"""The step program of CLIP and SigLIP towers, and of the models that put one before a decoder:
+transformers' modelling code in the same order.
 
 Shapes: N images, P positions, D width, h heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol
 
 from planner.dtypes import INT64
 from planner.errors import UnsupportedError
@@ -15,8 +18,13 @@ from planner.memory import norms, vocabulary
 from planner.memory import vision as ops
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
+from planner.memory.step import Batch
+from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
+from planner.models.decoder_step import Decoder, head_and_loss
+from planner.models.images import image_input
 from planner.models.towers import TowerGeometry
+from planner.spec import RunSpec
 
 
 class Tower:
@@ -171,3 +179,34 @@ def join(t: Engine, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
     """masked_scatter of the image features at the placeholders of the text embeddings."""
     mask = ops.placeholder_mask(t, ids)
     return ops.masked_scatter(t, embeds, mask, features)
+
+
+class HasTower(Protocol):
+    """A geometry with a tower of square images."""
+
+    @property
+    def vision(self) -> TowerGeometry: ...
+
+
+def tower_pixels(recorder: Recorder, geometry: HasTower, spec: RunSpec) -> Tensor:
+    """pixel_values: (B · images, 3, H, W) fp32."""
+    tower = geometry.vision
+    count = spec.micro_batch_size * spec.images_per_sample
+    return image_input(recorder, (count, tower.num_channels, tower.image_size, tower.image_size))
+
+
+def image_text_forward(
+    decoder: Decoder, batch: Batch, features_of: Callable[[Tensor], Tensor]
+) -> tuple[Any, ...]:
+    """`...ForConditionalGeneration.forward` where an image's features take the place of its tokens:
+    loss, logits, the cache, image_hidden_states. `features_of` is get_image_features."""
+    t = decoder.t
+    embeds = decoder.embed(batch.ids)
+    features = None
+    if batch.pixels is not None:
+        features = t.to(features_of(batch.pixels), embeds.dtype)
+        embeds = join(t, embeds, batch.ids, features)
+    hidden = decoder.layers(embeds)
+    del embeds
+    loss, logits = head_and_loss(t, decoder.loaded, decoder.g, hidden, batch.labels)
+    return loss, logits, decoder.cache, features

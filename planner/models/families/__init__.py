@@ -20,7 +20,8 @@ class Geometry(Protocol):
 
 
 class Family(Protocol):
-    """The interface of a family file.
+    """The interface of a family: of its file, or, of a decoder alone, of the `CausalLM` that the
+    file names FAMILY.
 
     AUTO_CLASS: the transformers class whose `from_config` builds the model that is trained.
     geometry: raises InputError naming every missing or absurd key. image_tokens: positions of the
@@ -29,7 +30,6 @@ class Family(Protocol):
     that hold features of the image, and whose labels are masked.
     """
 
-    MODEL_TYPES: tuple[str, ...]
     AUTO_CLASS: str
 
     def geometry(self, config: Mapping[str, Any]) -> Any: ...
@@ -66,4 +66,5 @@ def family_of(model_type: str) -> Family:
             f"{', '.join(FAMILIES)}{f'; did you mean {near!r}?' if near else ''}; "
             "`vramwise probe --dry` or `vramwise fit --exact` can take any model of transformers"
         )
-    return cast(Family, import_module(f"planner.models.families.{FAMILIES[model_type]}"))
+    module = import_module(f"planner.models.families.{FAMILIES[model_type]}")
+    return cast(Family, getattr(module, "FAMILY", module))

@@ -27,7 +27,6 @@ from planner.models.reading import Reader
 from planner.models.tree import Component, Module
 from planner.spec import RunSpec
 
-MODEL_TYPES = ("chameleon",)
 AUTO_CLASS = "ChameleonForConditionalGeneration"
 DEFAULTS = Defaults(
     vocab_size=65_536, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,

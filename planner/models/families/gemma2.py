@@ -1,70 +1,30 @@
-"""Gemma 2: four norms a layer, soft caps, every other layer with a sliding window."""
+"""Gemma 2: Gemma with four norms a layer, soft caps, every other layer with a sliding window."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from planner.models.decoder import (
-    FULL,
-    SLIDING,
-    DecoderGeometry,
-    Defaults,
-    causal_modules,
-    read_decoder,
-    with_pattern,
-)
-from planner.models.decoder_step import causal_forward
-from planner.models.images import no_images
+from planner.models.decoder import FULL, SLIDING, DecoderGeometry, with_pattern
+from planner.models.families.gemma import Gemma
 from planner.models.reading import Reader
 
-MODEL_TYPES = ("gemma2",)
-AUTO_CLASS = "AutoModelForCausalLM"
-DEFAULTS = Defaults(
-    vocab_size=256_000,
-    hidden_size=2304,
-    intermediate_size=9216,
-    num_hidden_layers=26,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-6,
-    head_dim=256,
-    tie_word_embeddings=True,
-    hidden_act="gelu_pytorch_tanh",
-    activation_key="hidden_activation",
-)
+
+class Gemma2(Gemma):
+    model_type = "gemma2"
+    defaults = Gemma.defaults._replace(
+        hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, activation_key="hidden_activation",
+    )  # fmt: skip
+
+    def refine(self, reader: Reader, read: DecoderGeometry) -> DecoderGeometry:
+        window = reader.optional_size("sliding_window", 4096)
+        return replace(
+            with_pattern(reader, super().refine(reader, read), (SLIDING, FULL), window),
+            sandwich_norms=True,
+            attention_scalar=reader.number("query_pre_attn_scalar", 256.0),
+            attn_logit_softcapping=reader.optional_number("attn_logit_softcapping", 50.0),
+            final_logit_softcapping=reader.optional_number("final_logit_softcapping", 30.0),
+        )
 
 
-def decoder(reader: Reader, nested: bool = False) -> DecoderGeometry:
-    """Read the keys of a gemma2 decoder; `nested` in a larger config, sizes may be left out."""
-    read = read_decoder(reader, "gemma2", DEFAULTS, nested)
-    bias = reader.flag("attention_bias", False)
-    window = reader.optional_size("sliding_window", 4096)
-    read = with_pattern(reader, read, (SLIDING, FULL), window)
-    return replace(
-        read,
-        norm="gemma_rms",
-        sandwich_norms=True,
-        embedding_scale=True,
-        qkv_bias=bias,
-        output_bias=bias,
-        attention_scalar=reader.number("query_pre_attn_scalar", 256.0),
-        attn_logit_softcapping=reader.optional_number("attn_logit_softcapping", 50.0),
-        final_logit_softcapping=reader.optional_number("final_logit_softcapping", 30.0),
-        bidirectional=reader.flag("use_bidirectional_attention", False),
-    )
-
-
-def geometry(config: Mapping[str, Any]) -> DecoderGeometry:
-    """The geometry that config.json describes; InputError names every bad key."""
-    reader = Reader(config)
-    read = decoder(reader)
-    reader.check()
-    return read
-
-
-modules = causal_modules
-forward = causal_forward
-image_tokens = image_features = no_images
+FAMILY = Gemma2()

@@ -13,19 +13,15 @@ from planner.memory import vision as vision_ops
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
 from planner.memory.step import Batch
-from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
 from planner.models.decoder import DecoderGeometry, head_module, stack_modules, weighted
-from planner.models.decoder_step import Decoder, head_and_loss
+from planner.models.decoder_step import Decoder
 from planner.models.families import gemma3_text
-from planner.models.images import image_input
 from planner.models.reading import Reader
 from planner.models.towers import TowerGeometry, read_tower, tower_modules
 from planner.models.tree import Module
-from planner.models.vision_step import Tower, join
-from planner.spec import RunSpec
+from planner.models.vision_step import Tower, image_text_forward, tower_pixels
 
-MODEL_TYPES = ("gemma3",)
 AUTO_CLASS = "AutoModelForImageTextToText"
 # "\n\n", start, ..., end, "\n\n" (processing_gemma3.py); each is one token of Gemma's tokenizer.
 IMAGE_MARKS = 4
@@ -51,7 +47,7 @@ def geometry(config: Mapping[str, Any]) -> Gemma3Geometry:
     """The geometry that config.json describes; InputError names every bad key."""
     reader = Reader(config)
     read = Gemma3Geometry(
-        text=gemma3_text.decoder(reader.inner("text_config"), nested=True),
+        text=gemma3_text.FAMILY.decoder(reader.inner("text_config"), nested=True),
         vision=read_tower(reader.inner("vision_config"), "siglip_vision_model"),
         tokens_per_image=reader.size("mm_tokens_per_image", 256),
         tied=reader.flag("tie_word_embeddings", True),
@@ -81,31 +77,20 @@ def image_features(geometry: Gemma3Geometry, image_size: int | None) -> int:
     return geometry.tokens_per_image
 
 
-def pixels(recorder: Recorder, geometry: Gemma3Geometry, spec: RunSpec) -> Tensor:
-    """pixel_values: (B · images, 3, H, W) fp32."""
-    tower = geometry.vision
-    count = spec.micro_batch_size * spec.images_per_sample
-    return image_input(recorder, (count, tower.num_channels, tower.image_size, tower.image_size))
+pixels = tower_pixels
 
 
 def forward(t: Engine, loaded: Loaded, geometry: Gemma3Geometry, batch: Batch) -> tuple[Any, ...]:
     """`Gemma3ForConditionalGeneration.forward` without token_type_ids: loss, logits, the cache,
     image_hidden_states. No soft cap on the logits: that is the text class's."""
-    decoder = Decoder(t, loaded, geometry.text, "model.language_model.")
-    embeds = decoder.embed(batch.ids)
-    features = None
-    if batch.pixels is not None:
+
+    def features_of(images: Tensor) -> Tensor:
         tower = Tower(t, loaded, geometry.vision, "model.vision_tower.")
-        last = tower.last_hidden_state(batch.pixels)
-        features = _project(t, loaded, geometry, last)
-        del last
-        features = t.to(features, embeds.dtype)
-        embeds = join(t, embeds, batch.ids, features)
-    hidden = decoder.layers(embeds)
-    del embeds
+        return _project(t, loaded, geometry, tower.last_hidden_state(images))
+
     text = replace(geometry.text, final_logit_softcapping=None)
-    loss, logits = head_and_loss(t, loaded, text, hidden, batch.labels)
-    return loss, logits, decoder.cache, features
+    decoder = Decoder(t, loaded, text, "model.language_model.")
+    return image_text_forward(decoder, batch, features_of)
 
 
 def _project(t: Engine, loaded: Loaded, geometry: Gemma3Geometry, last: Tensor) -> Tensor:

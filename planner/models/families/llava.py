@@ -11,21 +11,18 @@ from planner.memory import vision
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
 from planner.memory.step import Batch
-from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
+from planner.models.causal import nested_decoder
 from planner.models.decoder import DecoderGeometry, head_module, linear, stack_modules
-from planner.models.decoder_step import Decoder, head_and_loss
+from planner.models.decoder_step import Decoder
 from planner.models.families import llama, mistral, qwen2
-from planner.models.images import image_input
 from planner.models.reading import Reader
 from planner.models.towers import TowerGeometry, read_tower, tower_modules
 from planner.models.tree import Module
-from planner.models.vision_step import Tower, join
-from planner.spec import RunSpec
+from planner.models.vision_step import Tower, image_text_forward, tower_pixels
 
-MODEL_TYPES = ("llava",)
 AUTO_CLASS = "AutoModelForImageTextToText"
-TEXT_FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2}
+_TEXT_FAMILIES = {"llama": llama.FAMILY, "mistral": mistral.FAMILY, "qwen2": qwen2.FAMILY}
 # LlavaConfig's tower where config.json gives none: CLIP ViT-L/14 at 336 pixels.
 DEFAULT_TOWER = {
     "intermediate_size": 4096, "hidden_size": 1024, "patch_size": 14, "image_size": 336,
@@ -57,14 +54,7 @@ def geometry(config: Mapping[str, Any]) -> LlavaGeometry:
 
 def read_llava(reader: Reader, tie_follows_text: bool = True) -> LlavaGeometry:
     """The keys that LLaVA 1.5 and 1.6 share; problems are noted in the reader."""
-    inner = reader.inner("text_config")
-    model_type = inner.text("model_type", "llama")
-    if model_type not in TEXT_FAMILIES:
-        inner.reject(
-            "model_type", "is not a known text model", model_type, ", ".join(TEXT_FAMILIES)
-        )
-        model_type = "llama"
-    text = TEXT_FAMILIES[model_type].decoder(inner, nested=True)
+    text = nested_decoder(reader.inner("text_config"), _TEXT_FAMILIES, "llama")
     tied = reader.flag("tie_word_embeddings", False)
     return LlavaGeometry(
         text=text,
@@ -107,28 +97,18 @@ def image_tokens(geometry: LlavaGeometry, image_size: int | None) -> int:
 image_features = image_tokens
 
 
-def pixels(recorder: Recorder, geometry: LlavaGeometry, spec: RunSpec) -> Tensor:
-    """pixel_values: (B · images, 3, H, W) fp32."""
-    tower = geometry.vision
-    count = spec.micro_batch_size * spec.images_per_sample
-    return image_input(recorder, (count, tower.num_channels, tower.image_size, tower.image_size))
+pixels = tower_pixels
 
 
 def forward(t: Engine, loaded: Loaded, geometry: LlavaGeometry, batch: Batch) -> tuple[Any, ...]:
     """`LlavaForConditionalGeneration.forward`: loss, logits, the cache, image_hidden_states."""
+
+    def features_of(images: Tensor) -> Tensor:
+        projected = image_features_of(t, loaded, geometry, images, lambda x: x)
+        return vision.rows_apart(t, projected)
+
     decoder = Decoder(t, loaded, geometry.text, "model.language_model.")
-    embeds = decoder.embed(batch.ids)
-    features = None
-    if batch.pixels is not None:
-        projected = image_features_of(t, loaded, geometry, batch.pixels, lambda x: x)
-        features = vision.rows_apart(t, projected)
-        del projected
-        features = t.to(features, embeds.dtype)
-        embeds = join(t, embeds, batch.ids, features)
-    hidden = decoder.layers(embeds)
-    del embeds
-    loss, logits = head_and_loss(t, loaded, geometry.text, hidden, batch.labels)
-    return loss, logits, decoder.cache, features
+    return image_text_forward(decoder, batch, features_of)
 
 
 def image_features_of(

@@ -14,15 +14,14 @@ from planner.memory.step import Batch
 from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
 from planner.models.decoder import DecoderGeometry
-from planner.models.decoder_step import Decoder, head_and_loss
+from planner.models.decoder_step import Decoder
 from planner.models.families import llava
 from planner.models.images import image_input, needed_size
 from planner.models.reading import Reader
 from planner.models.tree import Module
-from planner.models.vision_step import join
+from planner.models.vision_step import image_text_forward
 from planner.spec import RunSpec
 
-MODEL_TYPES = ("llava_next",)
 AUTO_CLASS = "AutoModelForImageTextToText"
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -121,20 +120,14 @@ def forward(
     t: Engine, loaded: Loaded, geometry: LlavaNextGeometry, batch: Batch
 ) -> tuple[Any, ...]:
     """`LlavaNextForConditionalGeneration.forward`: loss, logits, the cache, image_hidden_states."""
+
+    def features_of(images: Tensor) -> Tensor:
+        packed = _image_features(t, loaded, geometry, images)
+        return vision_ops.rows_apart(t, packed)
+
     decoder = Decoder(t, loaded, geometry.text, "model.language_model.")
     decoder.caches = False  # this class hands its own use_cache down
-    embeds = decoder.embed(batch.ids)
-    features = None
-    if batch.pixels is not None:
-        packed = _image_features(t, loaded, geometry, batch.pixels)
-        features = vision_ops.rows_apart(t, packed)
-        del packed
-        features = t.to(features, embeds.dtype)
-        embeds = join(t, embeds, batch.ids, features)
-    hidden = decoder.layers(embeds)
-    del embeds
-    loss, logits = head_and_loss(t, loaded, geometry.text, hidden, batch.labels)
-    return loss, logits, decoder.cache, features
+    return image_text_forward(decoder, batch, features_of)
 
 
 def _image_features(

@@ -10,21 +10,18 @@ from planner.memory import layers as nn
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
 from planner.memory.step import Batch
-from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
+from planner.models.causal import nested_decoder
 from planner.models.decoder import DecoderGeometry, head_module, linear, stack_modules
-from planner.models.decoder_step import Decoder, head_and_loss
+from planner.models.decoder_step import Decoder
 from planner.models.families import gemma, gemma2
-from planner.models.images import image_input
 from planner.models.reading import Reader
 from planner.models.towers import TowerGeometry, read_tower, tower_modules
 from planner.models.tree import Module
-from planner.models.vision_step import Tower, join
-from planner.spec import RunSpec
+from planner.models.vision_step import Tower, image_text_forward, tower_pixels
 
-MODEL_TYPES = ("paligemma",)
 AUTO_CLASS = "AutoModelForImageTextToText"
-_TEXT_FAMILIES = {"gemma": gemma, "gemma2": gemma2}
+_TEXT_FAMILIES = {"gemma": gemma.FAMILY, "gemma2": gemma2.FAMILY}
 # PaliGemmaConfig's own parts where config.json gives none.
 _DEFAULT_TOWER = {
     "intermediate_size": 4096, "hidden_size": 1152, "patch_size": 14, "image_size": 224,
@@ -50,12 +47,7 @@ def geometry(config: Mapping[str, Any]) -> PaliGemmaGeometry:
     """The geometry that config.json describes; InputError names every bad key."""
     reader = Reader(config)
     inner = reader.inner("text_config", _DEFAULT_TEXT)
-    model_type = inner.text("model_type", "gemma")
-    if model_type not in _TEXT_FAMILIES:
-        known = ", ".join(_TEXT_FAMILIES)
-        inner.reject("model_type", "is not a known text model", model_type, known)
-        model_type = "gemma"
-    text = _TEXT_FAMILIES[model_type].decoder(inner, nested=True)
+    text = nested_decoder(inner, _TEXT_FAMILIES, "gemma")
     # The prefix, image and prompt, is seen whole unless the config says otherwise.
     bidirectional = inner.flag("use_bidirectional_attention", True)
     read = PaliGemmaGeometry(
@@ -86,11 +78,7 @@ def image_tokens(geometry: PaliGemmaGeometry, image_size: int | None) -> int:
 image_features = image_tokens
 
 
-def pixels(recorder: Recorder, geometry: PaliGemmaGeometry, spec: RunSpec) -> Tensor:
-    """pixel_values: (B · images, 3, H, W) fp32."""
-    tower = geometry.vision
-    count = spec.micro_batch_size * spec.images_per_sample
-    return image_input(recorder, (count, tower.num_channels, tower.image_size, tower.image_size))
+pixels = tower_pixels
 
 
 def forward(
@@ -98,19 +86,12 @@ def forward(
 ) -> tuple[Any, ...]:
     """`PaliGemmaForConditionalGeneration.forward` without token_type_ids: loss, logits, the cache,
     image_hidden_states."""
-    decoder = Decoder(t, loaded, geometry.text, "model.language_model.")
-    embeds = decoder.embed(batch.ids)
-    features = None
-    if batch.pixels is not None:
+
+    def features_of(images: Tensor) -> Tensor:
         tower = Tower(t, loaded, geometry.vision, "model.vision_tower.")
-        last = tower.last_hidden_state(batch.pixels)
-        projector = loaded.linear("model.multi_modal_projector.linear")
-        features = nn.linear(t, projector, last)
-        del last
-        features = t.to(features, embeds.dtype)
-        embeds = join(t, embeds, batch.ids, features)
-    hidden = decoder.layers(embeds)
-    del embeds
-    loss, logits = head_and_loss(t, loaded, replace(geometry.text, final_logit_softcapping=None),
-                                 hidden, batch.labels)  # fmt: skip
-    return loss, logits, decoder.cache, features
+        last = tower.last_hidden_state(images)
+        return nn.linear(t, loaded.linear("model.multi_modal_projector.linear"), last)
+
+    text = replace(geometry.text, final_logit_softcapping=None)
+    decoder = Decoder(t, loaded, text, "model.language_model.")
+    return image_text_forward(decoder, batch, features_of)

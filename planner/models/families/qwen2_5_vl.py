@@ -9,7 +9,6 @@ from planner.models.families import qwen2_vl
 from planner.models.families.qwen2_vl import PatchVision, QwenVlGeometry
 from planner.models.reading import Reader
 
-MODEL_TYPES = ("qwen2_5_vl",)
 AUTO_CLASS = "AutoModelForImageTextToText"
 
 

@@ -33,7 +33,6 @@ from planner.models.tree import Component, Module
 from planner.models.vision_step import join
 from planner.spec import RunSpec
 
-MODEL_TYPES = ("qwen2_vl",)
 AUTO_CLASS = "AutoModelForImageTextToText"
 TEXT_DEFAULTS = Defaults(
     vocab_size=152_064, hidden_size=8192, intermediate_size=29_568, num_hidden_layers=80,
