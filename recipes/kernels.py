@@ -7,8 +7,6 @@ torch, which the tests compare with.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,9 +22,9 @@ def up(x: Tensor, a: Tensor, seed: Tensor, p: float) -> Tensor:
     rows, width = x.shape
     rank = a.shape[0]
     parts = torch.empty((_SPLITS, rows, rank), dtype=torch.float32, device=x.device)
+    steps = triton.cdiv(triton.cdiv(width, _BLOCK_K), _SPLITS)
     grid = (triton.cdiv(rows, _BLOCK_T), _SPLITS)
-    _up[grid](x, a, parts, seed, rows, width, rank, _threshold(p), 1 / (1 - p),
-              **_blocks(rank, width))  # fmt: skip
+    _up[grid](x, a, parts, seed, rows, width, rank, *_rule(p), STEPS=steps, **_blocks(rank))
     return parts.sum(0).to(x.dtype)
 
 
@@ -35,8 +33,7 @@ def add_branch(dx: Tensor, du: Tensor, a: Tensor, seed: Tensor, p: float) -> Ten
     rows, width = dx.shape
     rank = a.shape[0]
     grid = (triton.cdiv(rows, _BLOCK_T), triton.cdiv(width, _BLOCK_K))
-    _add_branch[grid](dx, du, a, seed, rows, width, rank, _threshold(p), 1 / (1 - p),
-                      BLOCK_T=_BLOCK_T, BLOCK_K=_BLOCK_K, RANK=_padded(rank))  # fmt: skip
+    _add_branch[grid](dx, du, a, seed, rows, width, rank, *_rule(p), **_blocks(rank))
     return dx
 
 
@@ -49,23 +46,20 @@ def down_gradient(du: Tensor, x: Tensor, seed: Tensor, p: float) -> Tensor:
     splits = triton.cdiv(blocks, steps)
     parts = torch.empty((splits, rank, width), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(width, _BLOCK_K), splits)
-    _down_gradient[grid](du, x, parts, seed, rows, width, rank, _threshold(p), 1 / (1 - p),
-                         STEPS=steps, BLOCK_T=_BLOCK_T, BLOCK_K=_BLOCK_K,
-                         RANK=_padded(rank))  # fmt: skip
+    _down_gradient[grid](du, x, parts, seed, rows, width, rank, *_rule(p), STEPS=steps,
+                         **_blocks(rank))  # fmt: skip
     return parts.sum(0)
 
 
-def _threshold(p: float) -> int:
-    return int(p * 2**32) - 2**31
+def _rule(p: float) -> tuple[int, float]:
+    """What is kept: random int32 from the threshold on; and its scale."""
+    return int(p * 2**32) - 2**31, 1 / (1 - p)
 
 
-def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
-
-
-def _blocks(rank: int, width: int) -> dict[str, Any]:
-    steps = triton.cdiv(triton.cdiv(width, _BLOCK_K), _SPLITS)
-    return {"STEPS": steps, "BLOCK_T": _BLOCK_T, "BLOCK_K": _BLOCK_K, "RANK": _padded(rank)}
+def _blocks(rank: int) -> dict[str, int]:
+    """Sizes of the tiles; a rank is padded to what tl.dot takes."""
+    padded = max(16, triton.next_power_of_2(rank))
+    return {"BLOCK_T": _BLOCK_T, "BLOCK_K": _BLOCK_K, "RANK": padded}
 
 
 @triton.jit
