@@ -15,7 +15,18 @@ EXIT_OK, EXIT_DOES_NOT_FIT, EXIT_BAD_INPUT, EXIT_BUG = 0, 1, 2, 70
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `vramwise`. Returns the exit code: 0 fits, 1 does not, 2 bad input, 70 bug."""
-    arguments = sys.argv[1:] if argv is None else argv
+    collects = gc.isenabled()
+    gc.disable()  # imports make much and drop little: collecting meanwhile costs a tenth of fit
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    finally:
+        if collects:
+            gc.enable()
+        if argv is None:
+            gc.freeze()  # the process ends: the interpreter need not look for garbage once more
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return EXIT_OK if arguments else EXIT_BAD_INPUT
@@ -55,12 +66,14 @@ def _run(verb: str, arguments: list[str]) -> int:
         near = nearest_name(verb, commands)
         hint = f"; did you mean {near!r}?" if near else ""
         raise VramwiseError(f"no verb {verb!r}: one of {', '.join(commands)}{hint}")
-    return _load(command)(arguments)
+    function = _load(command)
+    if not command.brief:
+        gc.enable()
+    return function(arguments)
 
 
 def _load(command: Command):  # type: ignore[no-untyped-def]
     module, _, function = command.target.partition(":")
-    gc.disable()  # imports make much and drop little: collecting meanwhile costs a tenth of fit
     try:
         return getattr(import_module(module), function)
     except ModuleNotFoundError as error:
@@ -68,8 +81,6 @@ def _load(command: Command):  # type: ignore[no-untyped-def]
         if command.extra and missing not in ("planner", "probes", "recipes"):
             raise MissingExtraError(command.verb, command.extra, missing) from None
         raise
-    finally:
-        gc.enable()
 
 
 def _usage() -> str:

@@ -9,22 +9,35 @@ from typing import NamedTuple
 
 class Command(NamedTuple):
     """A verb of `vramwise`. `target` is "module:function", called with the remaining arguments
-    (a list of str) and returning the exit code."""
+    (a list of str) and returning the exit code. brief: one answer, over before garbage matters."""
 
     verb: str
     summary: str
     target: str
     extra: str | None = None
+    brief: bool = False
 
 
 COMMANDS = (
-    Command("fit", "will this fine-tune fit, how fast, what to change", "planner.verbs.fit:run"),
-    Command("gpus", "every card: verdict, speed and cost", "planner.verbs.gpus:run"),
-    Command("explain", "a term's formula with its numbers filled in", "planner.verbs.explain:run"),
+    Command(
+        "fit",
+        "will this fine-tune fit, how fast, what to change",
+        "planner.verbs.fit:run",
+        brief=True,
+    ),
+    Command("gpus", "every card: verdict, speed and cost", "planner.verbs.gpus:run", brief=True),
+    Command(
+        "explain",
+        "a term's formula with its numbers filled in",
+        "planner.verbs.explain:run",
+        brief=True,
+    ),
     Command("sweep", "every combination of a grid, as a table", "planner.verbs.sweep:run"),
-    Command("models", "the catalogue of known models", "planner.verbs.models:run"),
+    Command("models", "the catalogue of known models", "planner.verbs.models:run", brief=True),
     Command("table", "a requirement table for a write-up", "planner.verbs.table:run"),
-    Command("ladder", "one lever a row: what each change saves", "planner.verbs.ladder:run"),
+    Command(
+        "ladder", "one lever a row: what each change saves", "planner.verbs.ladder:run", brief=True
+    ),
     Command("calibrate", "learn this card from your own records", "planner.verbs.calibrate:run"),
     Command("probe", "measure (or --dry: trace) a real step", "probes.cli:run", "train"),
     Command(

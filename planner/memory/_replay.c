@@ -1,7 +1,8 @@
 /* torch's caching allocator: planner/memory/pools.py, in C, for speed.
  *
  * replay(parts, cap) -> (ok, allocated, peak_allocated, reserved, peak_reserved, small, small_peak)
- * smallest_cap(parts, again, low, high, step, resolution) -> cap
+ * settle(load, steps, again, small_buffer, step, resolution) ->
+ *     (allocated and its peak after load, peak_allocated, peak_reserved, small_peak, cap)
  * shifted(events, starts, shifts) -> events
  *
  * parts: a sequence of (events, sizes, base, flags). events: int64, i to allocate sizes[i], ~i to
@@ -22,7 +23,8 @@ static const int64_t SMALL = 1 << 20, MIN_REMAINDER = 1 << 20, LARGE_BUFFER = 20
                      ROUND_LARGE = 2 << 20;
 
 typedef struct { int64_t size, address; int32_t prev, next; char free; } Block;
-typedef struct { int64_t size, address; int32_t block; } Free;
+/* Free blocks of one size, the lowest address last. An empty bin stays until a search meets it. */
+typedef struct { int64_t size; int32_t *blocks; int32_t count, room; } Bin;
 
 typedef struct { int64_t address, size; } Stretch;
 typedef struct { Stretch *items; int32_t count, room; } Stretches; /* by ascending address */
@@ -32,7 +34,7 @@ typedef struct { Stretches gaps, left, ranges; int64_t depth; } Space; /* depth:
 
 typedef struct {
     Block *blocks; int32_t count, room;
-    Free *frees; int32_t free_count, free_room;
+    Bin *bins; int32_t bin_count, bin_room; /* by ascending size */
     int32_t *held; int64_t held_room;
     Space space;
     int64_t allocated, peak_allocated, reserved, peak_reserved, small, small_peak;
@@ -139,36 +141,79 @@ static int space_give(Space *s, int64_t address, int64_t size) {
     return stretch_join(&s->gaps, range.address, range.size, 0, TOP, &joined);
 }
 
-static int find(const Pool *p, int64_t size, int64_t address) {
-    int32_t low = 0, high = p->free_count;
+static int32_t bin_place(const Pool *p, int64_t size) {
+    int32_t low = 0, high = p->bin_count;
     while (low < high) {
         int32_t middle = (low + high) / 2;
-        const Free *f = &p->frees[middle];
-        if (f->size < size || (f->size == size && f->address < address)) low = middle + 1;
+        if (p->bins[middle].size < size) low = middle + 1;
         else high = middle;
     }
     return low;
 }
 
-static void drop(Pool *p, int32_t place) {
-    memmove(p->frees + place, p->frees + place + 1, (p->free_count - place - 1) * sizeof(Free));
-    p->free_count--;
+/* Where a block of this address is in its bin, or would be. */
+static int32_t place_in(const Pool *p, const Bin *bin, int64_t address) {
+    int32_t low = 0, high = bin->count;
+    while (low < high) {
+        int32_t middle = (low + high) / 2;
+        if (p->blocks[bin->blocks[middle]].address > address) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+static void drop(Pool *p, int32_t block) {
+    const Block *b = &p->blocks[block];
+    Bin *bin = &p->bins[bin_place(p, b->size)];
+    int32_t place = place_in(p, bin, b->address);
+    memmove(bin->blocks + place, bin->blocks + place + 1,
+            (bin->count - place - 1) * sizeof(int32_t));
+    bin->count--;
+}
+
+static Bin *new_bin(Pool *p, int32_t place, int64_t size) {
+    if (p->bin_count == p->bin_room) {
+        int32_t room = p->bin_room ? 2 * p->bin_room : 128;
+        Bin *grown = realloc(p->bins, room * sizeof(Bin));
+        if (!grown) return NULL;
+        p->bins = grown; p->bin_room = room;
+    }
+    memmove(p->bins + place + 1, p->bins + place, (p->bin_count - place) * sizeof(Bin));
+    p->bins[place] = (Bin){size, NULL, 0, 0};
+    p->bin_count++;
+    return &p->bins[place];
 }
 
 static int keep(Pool *p, int32_t block) {
     Block *b = &p->blocks[block];
-    if (p->free_count == p->free_room) {
-        int32_t room = p->free_room ? 2 * p->free_room : 1024;
-        Free *grown = realloc(p->frees, room * sizeof(Free));
+    int32_t at = bin_place(p, b->size);
+    Bin *bin = at < p->bin_count && p->bins[at].size == b->size ? &p->bins[at]
+                                                                 : new_bin(p, at, b->size);
+    if (!bin) return 0;
+    if (bin->count == bin->room) {
+        int32_t room = bin->room ? 2 * bin->room : 8;
+        int32_t *grown = realloc(bin->blocks, room * sizeof(int32_t));
         if (!grown) return 0;
-        p->frees = grown; p->free_room = room;
+        bin->blocks = grown; bin->room = room;
     }
-    int32_t place = find(p, b->size, b->address);
-    memmove(p->frees + place + 1, p->frees + place, (p->free_count - place) * sizeof(Free));
-    p->frees[place] = (Free){b->size, b->address, block};
-    p->free_count++;
+    int32_t place = place_in(p, bin, b->address);
+    memmove(bin->blocks + place + 1, bin->blocks + place, (bin->count - place) * sizeof(int32_t));
+    bin->blocks[place] = block;
+    bin->count++;
     b->free = 1;
     return 1;
+}
+
+/* The free block of the least size that holds it, of those the lowest; -1 for none. */
+static int32_t best_fit(Pool *p, int64_t size) {
+    int32_t first = bin_place(p, size), place = first;
+    while (place < p->bin_count && !p->bins[place].count) free(p->bins[place++].blocks);
+    if (place > first) {
+        memmove(p->bins + first, p->bins + place, (p->bin_count - place) * sizeof(Bin));
+        p->bin_count -= place - first;
+    }
+    if (first == p->bin_count) return -1;
+    return p->bins[first].blocks[--p->bins[first].count];
 }
 
 static int32_t fresh(Pool *p, int64_t size, int64_t address, int32_t prev, int32_t next) {
@@ -183,24 +228,27 @@ static int32_t fresh(Pool *p, int64_t size, int64_t address, int32_t prev, int32
 }
 
 static int release_cached(Pool *p) {
-    int32_t kept = 0;
-    for (int32_t i = 0; i < p->free_count; i++) {
-        Free f = p->frees[i];
-        Block *b = &p->blocks[f.block];
-        if (b->prev < 0 && b->next < 0) {
-            b->free = 0;
-            p->reserved -= b->size;
-            if (!space_give(&p->space, b->address, b->size)) return 0;
+    for (int32_t i = 0; i < p->bin_count; i++) {
+        Bin *bin = &p->bins[i];
+        int32_t kept = bin->count, count = bin->count;
+        for (int32_t k = count - 1; k >= 0; k--) { /* the lowest address first */
+            Block *b = &p->blocks[bin->blocks[k]];
+            if (b->prev < 0 && b->next < 0) {
+                b->free = 0;
+                p->reserved -= b->size;
+                if (!space_give(&p->space, b->address, b->size)) return 0;
+            } else
+                bin->blocks[--kept] = bin->blocks[k];
         }
-        else p->frees[kept++] = f;
+        memmove(bin->blocks, bin->blocks + kept, (count - kept) * sizeof(int32_t));
+        bin->count = count - kept;
     }
-    p->free_count = kept;
     return 1;
 }
 
 static void absorb(Pool *p, int32_t block, int32_t other, int before) {
     Block *b = &p->blocks[block], *o = &p->blocks[other];
-    drop(p, find(p, o->size, o->address));
+    drop(p, other);
     o->free = 0;
     b->size += o->size;
     if (before) {
@@ -225,10 +273,8 @@ static int give(Pool *p, int64_t key) {
 /* 1: taken; 0: the cap is too small; -1: no memory here; 2: more than `stop` would be reserved
  * (nothing is done then; -1 for no stop). */
 static int take(Pool *p, int64_t key, int64_t size, int64_t cap, int64_t stop) {
-    int32_t block, place = find(p, size, 0);
-    if (place < p->free_count) {
-        block = p->frees[place].block;
-        drop(p, place);
+    int32_t block = best_fit(p, size);
+    if (block >= 0) {
         p->blocks[block].free = 0;
     } else {
         int64_t segment = size < MIN_LARGE
@@ -342,7 +388,8 @@ static Part *read_parts(PyObject *sequence, Py_ssize_t *count) {
 
 static void drop_pool(Pool *p) {
     free(p->blocks);
-    free(p->frees);
+    for (int32_t i = 0; i < p->bin_count; i++) free(p->bins[i].blocks);
+    free(p->bins);
     free(p->held);
     free(p->space.gaps.items);
     free(p->space.left.items);
@@ -361,17 +408,24 @@ static int copy_stretches(Stretches *to, const Stretches *from) {
 static int copy_pool(Pool *to, const Pool *from) {
     drop_pool(to);
     *to = *from;
-    to->blocks = malloc((from->room + 1) * sizeof(Block));
-    to->frees = malloc((from->free_room + 1) * sizeof(Free));
-    to->held = malloc((from->held_room + 1) * sizeof(int32_t));
+    to->bin_count = 0; /* grows with the bins copied, for drop_pool */
     to->space.gaps.items = to->space.left.items = to->space.ranges.items = NULL;
+    to->blocks = malloc((from->room + 1) * sizeof(Block));
+    to->bins = malloc((from->bin_room + 1) * sizeof(Bin));
+    to->held = malloc((from->held_room + 1) * sizeof(int32_t));
     if (!copy_stretches(&to->space.gaps, &from->space.gaps)
         || !copy_stretches(&to->space.left, &from->space.left)
         || !copy_stretches(&to->space.ranges, &from->space.ranges)) return -1;
-    if (!to->blocks || !to->frees || !to->held) return -1;
+    if (!to->blocks || !to->bins || !to->held) return -1;
     if (from->count) memcpy(to->blocks, from->blocks, from->count * sizeof(Block));
-    if (from->free_count) memcpy(to->frees, from->frees, from->free_count * sizeof(Free));
     if (from->held_room) memcpy(to->held, from->held, from->held_room * sizeof(int32_t));
+    for (int32_t i = 0; i < from->bin_count; i++) {
+        Bin *bin = &to->bins[i];
+        *bin = from->bins[i];
+        if (!(bin->blocks = malloc((bin->room + 1) * sizeof(int32_t)))) return -1;
+        if (bin->count) memcpy(bin->blocks, from->bins[i].blocks, bin->count * sizeof(int32_t));
+        to->bin_count++;
+    }
     return 1;
 }
 
@@ -400,8 +454,8 @@ static PyObject *replay(PyObject *self, PyObject *args) {
     return result;
 }
 
-/* The search of planner/memory/pools.py, smallest_cap, with fewer replays. What comes before more
- * than `low` is reserved is the same under every cap, and run once. A replay is the same under all
+/* planner/memory/pools.py, settle, with fewer replays. What comes before more is reserved than the
+ * least cap that can do is the same under every cap, and run once. A replay is the same under all
  * caps between the most that it reserved and the least that was refused it. */
 typedef struct {
     const Part *parts; Py_ssize_t count;
@@ -417,6 +471,7 @@ static int completes(Search *s, int64_t cap) {
     if (copy_pool(&s->pool, &s->before) < 0) return -1;
     Place at = s->at;
     s->pool.refused = INT64_MAX;
+    s->pool.peak_reserved = s->pool.reserved;
     int state = run_all(&s->pool, s->parts, s->count, &at, cap, -1);
     if (state == 0) s->fails_below = s->pool.refused;
     if (state == 1) {
@@ -431,7 +486,7 @@ static int completes(Search *s, int64_t cap) {
 
 /* 1 or 0: `again` completes after the parts, or not. */
 static int settles(Search *s, const Part *again, int64_t cap) {
-    if (!s->passed.blocks || cap < s->passed_from || cap >= s->passed_below) {
+    if (cap < s->passed_from || cap >= s->passed_below) {
         s->passes_from = INT64_MAX;
         s->fails_below = -1;
         int state = completes(s, cap);
@@ -444,11 +499,8 @@ static int settles(Search *s, const Part *again, int64_t cap) {
 
 static int search(Search *s, const Part *again, int64_t low, int64_t high, int64_t step,
                   int64_t resolution, int64_t *found) {
-    s->passes_from = INT64_MAX;
+    int state;
     s->fails_below = -1;
-    int state = run_all(&s->before, s->parts, s->count, &s->at, -1, low);
-    if (state < 0) return state;
-    s->before.peak_reserved = s->before.reserved;
     if (high < low) high = low;
     low--;
     while (high - low > (step > high / resolution ? step : high / resolution)) {
@@ -464,31 +516,86 @@ static int search(Search *s, const Part *again, int64_t low, int64_t high, int64
     return state;
 }
 
-static PyObject *smallest_cap(PyObject *self, PyObject *args) {
-    PyObject *first, *again;
-    long long low, high, step, resolution;
-    Py_ssize_t count, one;
-    if (!PyArg_ParseTuple(args, "OOLLLL", &first, &again, &low, &high, &step, &resolution))
-        return NULL;
-    if (step < 1 || resolution < 1 || low < 0) return failed(-2);
-    Part *parts = read_parts(first, &count);
-    if (!parts) return NULL;
-    PyObject *tuple = PyTuple_Pack(1, again);
-    Part *later = tuple ? read_parts(tuple, &one) : NULL;
-    Py_XDECREF(tuple);
-    if (!later) {
-        drop_parts(parts, count);
-        return NULL;
+/* The most bytes of live tensors in the parts, from those live before; small ones apart too. */
+static int live_peaks(const Part *parts, Py_ssize_t count, int64_t live, int64_t *peak,
+                      int64_t small, int64_t *small_peak) {
+    *peak = live;
+    *small_peak = small;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const int64_t *events = parts[i].events.buf, *sizes = parts[i].sizes.buf;
+        Py_ssize_t blocks = parts[i].sizes.len / 8;
+        for (Py_ssize_t k = 0; k < parts[i].events.len / 8; k++) {
+            int64_t event = events[k], index = event >= 0 ? event : ~event;
+            if (index >= blocks) return -2;
+            int64_t size = event >= 0 ? sizes[index] : -sizes[index];
+            live += size;
+            if (live > *peak) *peak = live;
+            if (sizes[index] > SMALL) continue;
+            small += size;
+            if (small > *small_peak) *small_peak = small;
+        }
     }
-    Search s = {.parts = parts, .count = count};
-    int64_t found = 0;
-    int state = search(&s, later, low, high, step, resolution, &found);
-    drop_pool(&s.before);
-    drop_pool(&s.pool);
-    drop_pool(&s.passed);
-    drop_parts(parts, count);
-    drop_parts(later, one);
-    return state < 0 ? failed(state) : PyLong_FromLongLong(found);
+    return 1;
+}
+
+static int64_t up(int64_t size, int64_t granule) { return (size + granule - 1) / granule * granule; }
+
+typedef struct { int64_t allocated, load_peak, peak_allocated, peak_reserved, small_peak, cap; } Settled;
+
+static int settle_all(Search *s, const Part *load, Py_ssize_t loads, const Part *again,
+                      int64_t small_buffer, int64_t step, int64_t resolution, Settled *r) {
+    Pool *pool = &s->passed; /* without a cap: what every cap from its reserve on does, too */
+    Place at = {0, 0};
+    int64_t peak, small_peak;
+    int state = run_all(pool, load, loads, &at, -1, -1);
+    if (state < 0) return state;
+    r->allocated = pool->allocated + pool->small;
+    r->load_peak = pool->peak_allocated;
+    int64_t reserved = pool->reserved;
+    state = live_peaks(s->parts, s->count, r->allocated, &peak, pool->small, &small_peak);
+    if (state < 0) return state;
+    if (small_peak < pool->small_peak) small_peak = pool->small_peak;
+    int64_t least = peak - up(small_peak, small_buffer);
+    state = run_all(pool, s->parts, s->count, &s->at, -1, least > reserved ? least : reserved);
+    if (state < 0 || copy_pool(&s->before, pool) < 0) return state < 0 ? state : -1;
+    at = s->at;
+    state = run_all(pool, s->parts, s->count, &at, -1, -1);
+    if (state < 0) return state;
+    r->peak_allocated = pool->peak_allocated;
+    r->small_peak = pool->small_peak;
+    r->peak_reserved = s->passes_from = s->passed_from = pool->peak_reserved;
+    s->passed_below = INT64_MAX;
+    int64_t low = r->peak_allocated - up(r->small_peak, small_buffer);
+    return search(s, again, low > reserved ? low : reserved, r->peak_reserved, step, resolution,
+                  &r->cap);
+}
+
+static PyObject *settle(PyObject *self, PyObject *args) {
+    PyObject *loading, *steps, *later;
+    long long small_buffer, step, resolution;
+    Py_ssize_t loads = 0, count = 0, one = 0;
+    if (!PyArg_ParseTuple(args, "OOOLLL", &loading, &steps, &later, &small_buffer, &step,
+                          &resolution)) return NULL;
+    if (small_buffer < 1 || step < 1 || resolution < 1) return failed(-2);
+    PyObject *tuple = PyTuple_Pack(1, later), *result = NULL;
+    Part *load = read_parts(loading, &loads), *parts = load ? read_parts(steps, &count) : NULL;
+    Part *again = parts && tuple ? read_parts(tuple, &one) : NULL;
+    if (again) {
+        Search s = {.parts = parts, .count = count};
+        Settled r = {0};
+        int state = settle_all(&s, load, loads, again, small_buffer, step, resolution, &r);
+        drop_pool(&s.before);
+        drop_pool(&s.pool);
+        drop_pool(&s.passed);
+        result = state < 0 ? failed(state) : Py_BuildValue(
+            "(LLLLLL)", (long long)r.allocated, (long long)r.load_peak, (long long)r.peak_allocated,
+            (long long)r.peak_reserved, (long long)r.small_peak, (long long)r.cap);
+    }
+    if (load) drop_parts(load, loads);
+    if (parts) drop_parts(parts, count);
+    if (again) drop_parts(again, one);
+    Py_XDECREF(tuple);
+    return result;
 }
 
 /* Events with every index i moved by the shift of its stretch: shifts[r] where
@@ -519,7 +626,7 @@ static PyObject *shifted(PyObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"replay", replay, METH_VARARGS, "Replay parts of events under a cap (-1: none)."},
-    {"smallest_cap", smallest_cap, METH_VARARGS, "The smallest cap under which parts complete."},
+    {"settle", settle, METH_VARARGS, "Peaks of steps, and the smallest cap they complete under."},
     {"shifted", shifted, METH_VARARGS, "Events with their indices moved."},
     {NULL, NULL, 0, NULL},
 };

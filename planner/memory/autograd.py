@@ -15,6 +15,7 @@ from planner.dtypes import DType
 from planner.memory.storage import Recorder
 from planner.memory.tensor import (
     Backward,
+    Edge,
     Frame,
     Node,
     Saved,
@@ -35,6 +36,7 @@ class Autograd(Kernels):
     def __init__(self, recorder: Recorder | None = None) -> None:
         super().__init__(recorder)
         self.grad_enabled = True
+        self.cudnn_attention = True  # the card's fused attention: cuDNN's, or flash
         self.training = True  # False in model.eval(): no dropout
         self.autocast_dtype: DType | None = None  # a recomputation runs under its forward's
         self._cast_cache: dict[int, Tensor] = {}
@@ -65,19 +67,23 @@ class Autograd(Kernels):
         if not self.wants_grad(*inputs):
             return output
         output.requires_grad = True
-        slots = tuple(self._save(tensor) for tensor in saved if tensor is not None)
+        slots = []
+        for tensor in saved:
+            if tensor is not None:
+                slots.append(self._save(tensor))
         if self._refill is not None:  # the graph of a recomputation is held, but never run
             if kept is not None:
                 self._refill_kept.append(kept)
             output.node = _RECOMPUTED
             return output
-        edges = tuple(
-            ((t.node or t), t.shape, t.dtype) if t is not None and t.requires_grad else None
-            for t in inputs
-        )
-        for t in inputs:
-            if t is not None and t.requires_grad and t.node is None:
-                t.pending += 1
+        edges: list[Edge] = []
+        for tensor in inputs:
+            if tensor is None or not tensor.requires_grad:
+                edges.append(None)
+                continue
+            if tensor.node is None:
+                tensor.pending += 1
+            edges.append((tensor.node or tensor, tensor.shape, tensor.dtype))
         self._seq += 1
         node = Node(self._seq, self.recorder.module, edges, slots, backward)
         node.kept = kept
@@ -212,4 +218,7 @@ def is_one(size: Any) -> bool:
 def _is_broadcast(shape: Shape, target: Shape) -> bool:
     if len(shape) != len(target):
         return len(shape) > len(target)
-    return any(is_one(t) and not is_one(s) for s, t in zip(shape, target, strict=True))
+    for size, wanted in zip(shape, target, strict=True):
+        if size is not wanted and is_one(wanted) and not is_one(size):
+            return True
+    return False

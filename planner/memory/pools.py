@@ -22,13 +22,14 @@ from planner.memory.allocator import (
     LARGE_BUFFER_BYTES,
     MIN_LARGE_BYTES,
     ROUND_LARGE_BYTES,
+    SMALL_BUFFER_BYTES,
     SMALL_BYTES,
 )
 
 try:
     from planner.memory import _replay  # type: ignore[attr-defined]
 
-    if not hasattr(_replay, "shifted"):  # built from an older source
+    if not hasattr(_replay, "settle"):  # built from an older source
         _replay = None
 except ImportError:  # no compiler at installation
     _replay = None
@@ -73,31 +74,55 @@ def replay_parts(parts: Sequence[Part], cap_bytes: int = -1) -> Counters:
     return Counters(*_replay.replay(parts, cap_bytes))
 
 
-def smallest_cap(
-    parts: Sequence[Part], again: Part, low: int, high: int, resolution: int
-) -> int:  # fmt: skip
-    """The smallest cap on the large pool under which `parts` complete, then as much more as
-    `again` wants after them. Bisected in [low, high], to a part in `resolution`."""
+class Settled(NamedTuple):
+    """What loading leaves and the steps after it need. All in bytes.
+
+    allocated, load_peak_allocated: after loading, and its peak; peak_allocated, peak_reserved,
+    small_peak: of loading and steps without a cap, as in Counters, the first two from the steps
+    on; cap: the smallest on the large pool under which the steps complete.
+    """
+
+    allocated: int
+    load_peak_allocated: int
+    peak_allocated: int
+    peak_reserved: int
+    small_peak: int
+    cap: int
+
+
+def settle(
+    load: Sequence[Part], steps: Sequence[Part], again: Part, resolution: int
+) -> Settled:  # fmt: skip
+    """Replay loading and `steps` (all CAPPED, the first with RESET) without a cap, then find the
+    smallest: bisected to a part in `resolution`, then as much more as `again` wants after them."""
     if _replay is not None:
-        found: int = _replay.smallest_cap(parts, again, low, high, ROUND_LARGE_BYTES, resolution)
-        return found
-    return smallest_cap_in_python(parts, again, low, high, resolution)
+        return Settled(*_replay.settle(
+            load, steps, again, SMALL_BUFFER_BYTES, ROUND_LARGE_BYTES, resolution
+        ))  # fmt: skip
+    return settle_in_python(load, steps, again, resolution)
 
 
-def smallest_cap_in_python(
-    parts: Sequence[Part], again: Part, low: int, high: int, resolution: int
-) -> int:  # fmt: skip
-    """`smallest_cap` without the compiled module."""
-    low, high = low - 1, max(high, low)
+def settle_in_python(
+    load: Sequence[Part], steps: Sequence[Part], again: Part, resolution: int
+) -> Settled:  # fmt: skip
+    """`settle` without the compiled module."""
+    loaded = replay_parts(load)
+    free = replay_parts([*load, *steps])
+    small = -(-free.small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
+    low = max(free.peak_allocated - small, loaded.reserved)
+    low, high = low - 1, max(free.peak_reserved, low)
     while high - low > max(ROUND_LARGE_BYTES, high // resolution):
         middle = (low + high) // 2
-        if replay_parts(parts, middle).ok:
+        if replay_parts([*load, *steps], middle).ok:
             high = middle
         else:
             low = middle
-    while not replay_parts([*parts, again], high).ok:
+    while not replay_parts([*load, *steps, again], high).ok:
         high += max(ROUND_LARGE_BYTES, high // resolution)
-    return high
+    return Settled(
+        loaded.allocated, loaded.peak_allocated, free.peak_allocated, free.peak_reserved,
+        free.small_peak, high,
+    )  # fmt: skip
 
 
 def shifted(events: array[int], starts: array[int], shifts: array[int]) -> array[int]:

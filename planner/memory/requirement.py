@@ -12,7 +12,7 @@ from typing import NamedTuple
 from planner.memory.allocator import SMALL_BUFFER_BYTES
 from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading
-from planner.memory.pools import CAPPED, RELEASE, RESET, Part, replay_parts, smallest_cap
+from planner.memory.pools import CAPPED, RELEASE, RESET, Part, settle
 from planner.memory.program import Program
 from planner.memory.storage import BLOCK_BYTES
 
@@ -38,22 +38,14 @@ def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -
     first, later = step_parts(program, workspace_bytes)
     if expandable_segments:
         return _expandable([*load, *first, later])
-    loaded = replay_parts(load)
-    first[0] = first[0]._replace(flags=RESET)
-    free = replay_parts([*load, *first, later])
-    small = -(-free.small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
-    low = max(free.peak_allocated - small, loaded.reserved)
-    cap = _smallest_cap(load, first, later, low, free.peak_reserved)
+    steps = [part._replace(flags=CAPPED) for part in (*first, later)]  # the second has states
+    steps[0] = steps[0]._replace(flags=CAPPED | RESET)
+    found = settle(load, steps, steps[-1], RESOLUTION)
+    small = -(-found.small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
     return Reserve(
-        loaded.allocated, loaded.peak_allocated, free.peak_allocated, free.peak_reserved + small,
-        cap + small,
+        found.allocated, found.load_peak_allocated, found.peak_allocated,
+        found.peak_reserved + small, found.cap + small,
     )  # fmt: skip
-
-
-def _smallest_cap(load: list[Part], first: list[Part], later: Part, low: int, high: int) -> int:
-    """Bisected over two steps; then as much more as a third step wants."""
-    capped = [part._replace(flags=CAPPED) for part in (*first, later)]
-    return smallest_cap([*load, *capped], capped[-1], low, high, RESOLUTION)
 
 
 def loading_parts(program: Program) -> list[Part]:

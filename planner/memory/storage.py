@@ -10,8 +10,7 @@ pairs at once; nothing in this package branches on a size except where torch its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableSequence
-from contextlib import contextmanager
+from collections.abc import MutableSequence
 from itertools import compress
 from math import prod
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ BLOCK_BYTES = 512  # kMinBlockSize
 class Block:
     """What an allocation was: kept after the storage is gone, so that the peak can be explained."""
 
-    __slots__ = ("category", "dtype", "module", "nbytes", "op", "repeats", "shape")
+    __slots__ = ("category", "dtype", "module", "nbytes", "op", "shape")
 
     def __init__(
         self,
@@ -57,6 +56,23 @@ class Storage:
         recorder = self.recorder
         recorder.live_bytes = recorder.live_bytes - self.block.nbytes
         recorder.events.append(~self.index)
+
+
+class _Scope:
+    """`with recorder.scope(module)`: entered at every layer, so no generator."""
+
+    __slots__ = ("module", "outer", "recorder")
+
+    def __init__(self, recorder: Recorder, module: str) -> None:
+        self.recorder = recorder
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.outer = self.recorder.module
+        self.recorder.module = self.module
+
+    def __exit__(self, *_: object) -> None:
+        self.recorder.module = self.outer
 
 
 class Instant(NamedTuple):
@@ -93,8 +109,9 @@ class Recorder:
         """A new block of prod(shape) elements of `dtype`."""
         nbytes = (prod(shape) * dtype.itemsize + 511) // 512 * 512
         block = Block(nbytes, shape, dtype, self.module, op, category)
-        index = len(self.blocks)
-        self.blocks.append(block)
+        blocks = self.blocks
+        index = len(blocks)
+        blocks.append(block)
         self.sizes.append(nbytes)
         self.events.append(index)
         self.live_bytes = self.live_bytes + nbytes
@@ -125,14 +142,9 @@ class Recorder:
     def mark(self, label: tuple[str, int]) -> None:
         """Called where a decoder layer's forward or backward starts; some recorders keep it."""
 
-    @contextmanager
-    def scope(self, module: str) -> Iterator[None]:
+    def scope(self, module: str) -> _Scope:
         """Attribute what is allocated inside to `module`."""
-        outer, self.module = self.module, module
-        try:
-            yield
-        finally:
-            self.module = outer
+        return _Scope(self, module)
 
     def live_at(self, event: int) -> list[Block]:
         """The blocks live after the first `event` events, in order of allocation."""

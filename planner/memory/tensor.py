@@ -20,6 +20,7 @@ from planner.memory.storage import Storage
 
 Shape = tuple[Any, ...]
 Backward = Callable[["Tensor"], Sequence["Tensor | None"]]
+Edge = tuple[Any, Shape, DType] | None  # the node or leaf a gradient goes to, and what it must be
 
 
 class Tensor:
@@ -118,8 +119,8 @@ class Node:
         self,
         seq: int,
         module: str,
-        edges: tuple[tuple[Any, Shape, DType] | None, ...],
-        saved: tuple[Saved, ...],
+        edges: Sequence[Edge],
+        saved: Sequence[Saved],
         apply: Backward,
     ) -> None:
         self.seq = seq
@@ -160,15 +161,16 @@ def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
         del slot
     results = list(node.apply(grad))
     for position, edge in enumerate(node.edges):  # call_function: validate_outputs
-        result = results[position] if edge is not None else None
+        result = results[position]
         if edge is None or result is None:
             continue
-        results[position] = engine.fit_gradient(result, edge[1], edge[2])
-        del result
+        if result.shape is not edge[1] or result.dtype is not edge[2]:
+            results[position] = engine.fit_gradient(result, edge[1], edge[2])
+    result = None
     del grad
     node.saved = ()  # release_variables
     for position, edge in enumerate(node.edges):
-        result = results[position] if edge is not None else None
+        result = results[position]
         if edge is None or result is None:
             continue
         results[position] = None
@@ -180,7 +182,7 @@ def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
                 heapq.heappush(queue, (-target.seq, target))
         else:
             engine.accumulate_leaf(target, result)
-        del result
+        result = None
 
 
 def finish_leaves(engine: Any) -> None:

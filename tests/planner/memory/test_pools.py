@@ -12,13 +12,14 @@ from planner.memory.allocator import ROUND_LARGE_BYTES, SMALL_BYTES
 from planner.memory.pools import (
     CAPPED,
     RELEASE,
+    RESET,
     Counters,
     Part,
     replay_in_python,
     replay_parts,
+    settle,
+    settle_in_python,
     shifted,
-    smallest_cap,
-    smallest_cap_in_python,
 )
 from planner.memory.replay import EMPTY_CACHE, replay
 
@@ -90,21 +91,18 @@ def test_under_a_cap_both_pass_or_both_fail(
             assert found == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(streams(), streams(), st.integers(1, 400))
-def test_the_smallest_cap_is_that_of_a_plain_bisection(
+def test_steps_settle_where_a_plain_bisection_finds(
     load: tuple[list[int], list[int]], step: tuple[list[int], list[int]], resolution: int
 ) -> None:
     before = _part(*load, 0, RELEASE)
-    first = _part(*step, len(load[0]), CAPPED)
+    first = _part(*step, len(load[0]), CAPPED | RESET)
     later = _part(*step, len(load[0]) + len(step[0]), CAPPED)
     again = later._replace(base=later.base + len(step[0]))
-    parts = [before, first, later]
-    free = replay_in_python(parts)
-    bounds = (free.allocated, free.peak_reserved, resolution)
-    expected = smallest_cap_in_python(parts, again, *bounds)
-    assert smallest_cap(parts, again, *bounds) == expected
-    assert replay_in_python([*parts, again], expected).ok
+    expected = settle_in_python([before], [first, later], again, resolution)
+    assert settle([before], [first, later], again, resolution) == expected
+    assert replay_in_python([before, first, later, again], expected.cap).ok
 
 
 @given(st.lists(st.integers(0, 99), max_size=50), st.lists(st.integers(0, 9), min_size=10,
