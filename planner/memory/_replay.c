@@ -503,6 +503,13 @@ static int search(Search *s, const Part *again, int64_t low, int64_t high, int64
     s->fails_below = -1;
     if (high < low) high = low;
     low--;
+    int64_t part = step > high / resolution ? step : high / resolution, last = low;
+    while (high - last > part) last = (last + high) / 2; /* tried last, where all before it fail */
+    if (last > low) {
+        state = completes(s, last);
+        if (state < 0) return state;
+        if (!state) low = last;
+    }
     while (high - low > (step > high / resolution ? step : high / resolution)) {
         int64_t middle = (low + high) / 2;
         state = completes(s, middle);

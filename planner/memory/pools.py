@@ -111,6 +111,11 @@ def settle_in_python(
     small = -(-free.small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
     low = max(free.peak_allocated - small, loaded.reserved)
     low, high = low - 1, max(free.peak_reserved, low)
+    last, part = low, max(ROUND_LARGE_BYTES, high // resolution)
+    while high - last > part:
+        last = (last + high) // 2  # tried last, where all before it fail, as they often do
+    if last > low and not replay_parts([*load, *steps], last).ok:
+        low = last
     while high - low > max(ROUND_LARGE_BYTES, high // resolution):
         middle = (low + high) // 2
         if replay_parts([*load, *steps], middle).ok:
