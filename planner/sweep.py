@@ -19,6 +19,7 @@ from planner.errors import VramwiseError
 from planner.estimate import Requirement, check, device_of, fit_on, requirement
 from planner.levers import apply
 from planner.memory.program import Program, run
+from planner.memory.target import kernels_device
 from planner.memory.workspace import cublas_workspace_bytes
 from planner.models.registry import Model, load_model
 from planner.spec import RunSpec, spec_from_mapping
@@ -232,7 +233,7 @@ def _program_key(spec: RunSpec) -> RunSpec:
     """The spec without what a run of the step does not depend on."""
     return spec.model_copy(
         update={
-            "device": None,
+            "device": kernels_device(spec),
             "device_memory": None,
             "gradient_accumulation_steps": min(spec.gradient_accumulation_steps, 2),
             "schedule": RunSpec.model_fields["schedule"].default,

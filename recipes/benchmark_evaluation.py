@@ -1,4 +1,4 @@
-"""The benchmark's evaluation: option scoring beside the seed's way, and what a call's kernels cost."""
+"""The benchmark's evaluation: option scoring beside the seed's way; and a call's kernels by time."""
 
 from __future__ import annotations
 

@@ -10,31 +10,16 @@ from math import prod
 from typing import Any, Literal
 
 from planner.dtypes import BOOL, F32, INT64, DType
+from planner.memory.allocator import SMALL_BYTES
 from planner.memory.ops import Engine
 from planner.memory.sizes import decide
 from planner.memory.tensor import Shape, Tensor
 from planner.memory.work import grad_bytes
 
 Implementation = Literal["sdpa", "eager", "flash_attention_2"]
+_CUDNN_MARGIN_FLOATS = 64  # in allocator histories of an H200, at every shape
+_PIECES_ONE_BY_ONE = 16  # images one by one; windows, which are many and small, at once
 _FLASH_WIDTH = 256  # sdp_utils.cpp, check_head_dim_size_flash
-
-
-def attend(
-    t: Engine, implementation: Implementation, q: Tensor, k: Tensor, v: Tensor,
-    mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """transformers' attention interface: output (B, S, h, d), and weights where eager. The fused
-    kernels of the families modelled take no dropout and no soft cap."""
-    if implementation == "eager":
-        from planner.memory.eager_attention import eager  # loaded for eager runs alone
-
-        return eager(t, q, k, v, mask, dropout if t.training else 0.0, softcap)
-    if implementation == "flash_attention_2":
-        out = flash_attention_2(t, q, k, v, causal)
-    else:
-        out = sdpa(t, q, k, v, mask, causal)
-    return t.contiguous(t.transpose(out, 1, 2)), None
 
 
 def sdpa(
@@ -46,7 +31,7 @@ def sdpa(
     groups = q.shape[1] // k.shape[1]
     if mask is not None and groups > 1:
         k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
-    q, k, v = t.lower(q), t.lower(k), t.lower(v)
+    v, k, q = t.lower_all(v, k, q)
     if mask is None and q.dtype.is_16bit and q.shape[-1] <= _FLASH_WIDTH:
         return flash_padded(t, q, k, v, causal)
     if mask is None and groups > 1:
@@ -102,23 +87,30 @@ def flash(t: Engine, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Te
     shapes = (q.shape, k.shape, v.shape)
 
     def backward(g: Tensor) -> tuple[Tensor | None, ...]:
-        rounded = (length + 127) // 128 * 128
-        width = (dim + 31) // 32 * 32
-        t.count_matmul(flops * 5 // 2, 3 * traffic, dtype)
-        t.count(8 * batch * heads * rounded * width, 3)
-        row_sums = t.new((batch, heads, rounded), F32, "attention row sums (backward)")
-        accumulator = t.new((batch, heads, rounded, width), F32, "attention dq accumulator")
         grads = [_like_bshd(t, shape, dtype, "attention (backward)") for shape in shapes]
-        if kv_heads != heads:
-            expanded = [
-                t.new((batch, heads, keys, dim), dtype, "attention (backward, per head)")
-                for _ in range(2)
-            ]
-            del expanded
-        del row_sums, accumulator
+        t.count_matmul(flops * 5 // 2, 3 * traffic, dtype)
+        t.count(8 * batch * heads * length * dim, 3)
+        per_head = 2 * (batch * heads * keys * dim,) if kv_heads != heads else ()
+        held = _flash_buffers(t, batch * heads, length, dim, [(n, dtype) for n in per_head])
+        del held
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
     return t.record(out, (q, k, v), (q, k, v, out, lse, seed, seed), backward)
+
+
+def _flash_buffers(
+    t: Engine, rows: Any, length: Any, dim: int, expanded: list[tuple[Any, DType]]
+) -> list[Tensor]:
+    """A float for each position of `rows` sequences and an fp32 accumulator of dq, both of lengths
+    rounded to 128, and what else is `expanded`: buffers of their own in flash (flash_api.cpp,
+    mha_bwd, heads rounded to 32), in cuDNN one workspace, 256 bytes larger."""
+    rounded = (length + 127) // 128 * 128
+    width = dim if t.cudnn_attention else (dim + 31) // 32 * 32
+    sizes = [(rows * rounded, F32), (rows * rounded * width, F32), *expanded]
+    if t.cudnn_attention:
+        floats = sum(count * dtype.itemsize // 4 for count, dtype in sizes) + _CUDNN_MARGIN_FLOATS
+        return [t.new((floats,), F32, "attention workspace (backward)")]
+    return [t.new((count,), dtype, "attention buffers (backward)") for count, dtype in sizes]
 
 
 def flash_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
@@ -129,37 +121,86 @@ def flash_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Ten
     """
     _, heads, positions, dim = q.shape
     pieces, shape = positions // length, q.shape
+    if isinstance(pieces, int) and pieces <= _PIECES_ONE_BY_ONE:
+        return _each_piece(t, q, k, v, pieces)
     left, needs = (q, k, v), (q.requires_grad, k.requires_grad, v.requires_grad)
     q, k, v = t.lower(q), t.lower(k), t.lower(v)
     dtype = q.dtype
     flops, traffic = 4 * positions * heads * length * dim, 4 * dtype.itemsize * prod(shape)
-    parts = t.new((1, positions, heads, dim), dtype, "attention")
-    lse = t.new((positions, heads), F32, "attention log-sum-exp")
+    parts = _scattered(t, pieces, (length, heads, dim), dtype, "attention")
+    lse = _scattered(t, pieces, (length, heads), F32, "attention log-sum-exp")
     t.count_matmul(flops, traffic, dtype)
-    t.count(2 * grad_bytes(parts), pieces)
+    t.count(2 * prod(shape) * dtype.itemsize, pieces)
     joined = t.new((1, positions, heads, dim), dtype, "cat (attention)")
     source = left[0].dtype
 
     def backward(g: Tensor) -> tuple[Tensor | None, ...]:
-        rounded, width = (length + 127) // 128 * 128, (dim + 31) // 32 * 32
         t.count_matmul(flops * 5 // 2, 3 * traffic, dtype)
         t.count(3 * grad_bytes(g), 4 * pieces)
-        row_sums = t.new((heads, rounded), F32, "attention row sums (backward)")
-        accumulator = t.new((heads, rounded, width), F32, "attention dq accumulator")
-        del row_sums, accumulator
+        held = _flash_buffers(t, heads, length, dim, [])
+        del held
         if source is not dtype:  # each piece's gradients are cast as they come
             piece = (3, heads, length, dim)
             rounded_grads = t.new(piece, dtype, "attention (backward)")
             del rounded_grads
-        grads: list[Tensor | None] = [
-            t.new(shape, source, "attention (backward)") if need else None for need in needs
-        ]
+        made = [
+            _scattered(t, pieces, (length, heads, dim), source, "attention (backward)")
+            for need in needs if need
+        ]  # fmt: skip
+        grads: list[Tensor | None] = [None] * 3
         for index in (2, 1, 0):
             if needs[index]:
                 grads[index] = _like_bshd(t, shape, source, "cat (split backward)")
+                made.pop()
         return tuple(grads)
 
-    return t.record(joined, left, (q, k, v, parts, lse), backward)
+    return t.record(joined, left, (q, k, v, *parts, *lse), backward)
+
+
+def _scattered(t: Engine, pieces: Any, shape: Shape, dtype: DType, op: str) -> list[Tensor]:
+    """A tensor for each piece, or where these are small a few of the small pool's largest size."""
+    size = prod(shape) * dtype.itemsize
+    if not isinstance(pieces, int) or size > SMALL_BYTES:
+        return [t.new((pieces, *shape), dtype, op)]
+    each = SMALL_BYTES // size
+    counts = [each] * (pieces // each) + [pieces % each] * (pieces % each > 0)
+    return [t.new((count, *shape), dtype, op) for count in counts]
+
+
+def _each_piece(t: Engine, q: Tensor, k: Tensor, v: Tensor, pieces: int) -> Tensor:
+    """The same, piece by piece."""
+    split = [_split(t, x, pieces) for x in (q, k, v)]
+    outs = []
+    for index in range(pieces):
+        out = sdpa(t, split[0][index], split[1][index], split[2][index], causal=False)
+        outs.append(t.transpose(out, 1, 2))
+        del out
+    del split
+    (_, heads, positions, dim), dtype = q.shape, outs[0].dtype
+    shapes = [out.shape for out in outs]
+    whole = t.new((1, positions, heads, dim), dtype, "cat (attention)")
+    return t.record(whole, outs, (), lambda g: tuple(g.view(o, False) for o in shapes))
+
+
+def _split(t: Engine, x: Tensor, pieces: int) -> list[Tensor]:
+    """torch.split along the positions: views, whose gradients are joined once all are there."""
+    batch, heads, positions, dim = source = x.shape
+    shape, grads = (batch, heads, positions // pieces, dim), list[Tensor]()
+    token = Tensor(None, source, x.dtype)
+
+    def join(_: Tensor) -> tuple[Tensor]:
+        whole = t.new(source, x_dtype, "cat (split backward)")
+        whole.contiguous = False
+        grads.clear()
+        return (whole,)
+
+    def collect(g: Tensor) -> tuple[Tensor | None]:
+        grads.append(g)
+        return (token if len(grads) == pieces else None,)
+
+    x_dtype = x.dtype
+    base = t.record(x.view(source, x.contiguous), (x,), (), join)
+    return [t.record(x.view(shape, False), (base,), (), collect) for _ in range(pieces)]
 
 
 def efficient(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
 from planner.dtypes import F32, DType
 from planner.memory.autograd import Autograd
@@ -54,6 +55,12 @@ class Casts(Autograd):
         if is_leaf:
             self._cast_cache[id(x)] = cast
         return cast
+
+    def lower_all(self, *last_to_first: Tensor | None) -> list[Any]:
+        """The casts of a call's arguments, which are made from the last to the first: autocast's
+        wrapper (autocast_mode.h, WrapFunction_) casts inside the argument list, and the compiler of
+        torch's wheels evaluates that from the right."""
+        return [None if x is None else self.lower(x) for x in last_to_first]
 
     def upper(self, x: Tensor) -> Tensor:
         """Autocast's cast of an argument of an fp32 operation."""

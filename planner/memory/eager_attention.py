@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from planner.dtypes import F32, DType
+from planner.dtypes import F16, F32, DType
 from planner.memory.attention import bool_mask, repeat_kv
 from planner.memory.ops import Engine
 from planner.memory.sizes import decide
@@ -56,8 +56,11 @@ def eager_mask(t: Engine, batch: Any, length: Any, dtype: DType, window: bool = 
 
 
 def softmax(t: Engine, x: Tensor) -> Tensor:
-    """softmax(x, -1, dtype=float32): 16-bit scores are read as they are (half_to_float); saves its
-    result; the gradient is of the scores' dtype."""
+    """softmax(x, -1, dtype=float32) (SoftMax.cpp): fp16 scores are read as they are
+    (half_to_float), bf16 ones are copied to fp32 first; saves its result; the gradient is of the
+    scores' dtype, in bf16 after one in fp32."""
+    if x.dtype is not F16:
+        x = t.to(x, F32, "to (softmax)")
     out = t.new(x.shape, F32, "softmax")
     t.count(grad_bytes(x) + grad_bytes(out))
     shape, dtype = x.shape, x.dtype
@@ -72,7 +75,7 @@ def softmax(t: Engine, x: Tensor) -> Tensor:
 def matmul(t: Engine, a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
     """torch.matmul of (B, h, n, m) with (B, h, m, p), or with b.transpose(2, 3) of (B, h, p, m):
     both are reshaped to (B·h, ., .), which copies transposed heads unless B is 1, then bmm."""
-    a, b = t.lower(a), t.lower(b)
+    b, a = t.lower_all(b, a)
     last = b.shape[2] if transposed else b.shape[3]
     out = bmm(t, _merge_heads(t, a), _merge_heads(t, b, transposed))
     shape, merged = (*a.shape[:-1], last), out.shape

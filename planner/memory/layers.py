@@ -85,9 +85,7 @@ def base_linear(t: Engine, state: Linear, x: Tensor) -> Tensor:
 
 def matmul(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: mm (or addmm) of the flattened input; saves what the other's gradient needs."""
-    x, weight = t.lower(x), t.lower(weight)
-    if bias is not None:
-        bias = t.lower(bias)
+    bias, weight, x = t.lower_all(bias, weight, x)
     out_features, in_features = weight.shape
     rows, shape = prod(x.shape[:-1]), x.shape
     dtype, item = x.dtype, x.dtype.itemsize

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from planner.memory.loading import Loading
-from planner.memory.ops import Engine
 from planner.memory.optimizer import find_optimizer
 from planner.memory.program import (
+    engine_for,
     forward_of,
     load,
     make_batch,
@@ -126,7 +126,7 @@ def _run(spec: RunSpec, model: Model, batches: Sizes, lengths: Sizes, layers: in
     loaded.decoder_layers = layers
     optimizer = find_optimizer(spec.optimizer)
     recorder = _Segments()
-    engine = Engine(recorder)
+    engine = engine_for(spec, recorder)
     sized = spec.model_copy(update={"micro_batch_size": batches, "sequence_length": lengths})
     batch = make_batch(recorder, sized, model)
     work = run_step(engine, loaded, forward_of(model), batch, optimizer)

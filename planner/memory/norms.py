@@ -49,6 +49,8 @@ def layer_norm(
         grads = [t.new(shape, dtype, "layer_norm (backward)") if need[0] else None]
         grads += [t.new((shape[-1],), dtype, "layer_norm (backward)") if n else None
                   for n in need[1:]]  # fmt: skip
+        if not g.contiguous:  # layer_norm_kernel.cu: dY.contiguous(), once the results are there
+            t.new(shape, dtype, "contiguous (layer_norm backward)")
         return tuple(grads)
 
     return t.record(out, (x, weight, bias), (x, mean, rstd, weight), backward)

@@ -89,11 +89,11 @@ class Engine(Views):
         def backward(g: Tensor) -> tuple[Tensor]:
             # functions: grad * (exponent * self.pow(exponent - 1))
             self.count(7 * prod(shape) * dtype.itemsize, 3)
+            # C++ keeps both temporaries to the end of the expression
             power = self.new(shape, dtype, "pow (backward)")
             scaled = self.new(shape, dtype, "pow (backward)")
-            del power
             result = self.new(shape, dtype, "pow (backward)")
-            del scaled
+            del scaled, power
             return (result,)
 
         return self.record(out, (x,), (x,), backward)
@@ -149,8 +149,8 @@ class Engine(Views):
         if probability == 0 or not self.training:
             return x
         self.count(2 * grad_bytes(x) + prod(x.shape))
-        out = self.new(x.shape, x.dtype, "dropout")
         mask = self.new(x.shape, BOOL, "dropout mask")
+        out = self.new(x.shape, x.dtype, "dropout")
         shape, dtype = x.shape, x.dtype
 
         def backward(g: Tensor) -> tuple[Tensor]:

@@ -26,6 +26,7 @@ from planner.memory.step import (
 )
 from planner.memory.storage import Instant, Recorder
 from planner.memory.stretch import RUN_LAYERS, MarkedRecorder, NotAlikeError, stretch
+from planner.memory.target import kernels_device
 from planner.memory.tensor import Tensor
 from planner.memory.work import Work
 from planner.models.lora import target_modules
@@ -92,6 +93,13 @@ def run(spec: RunSpec, model: Model, recorder: Recorder | None = None) -> Progra
         return _run(spec, model, recorder)
 
 
+def engine_for(spec: RunSpec, recorder: Recorder | None = None) -> Engine:
+    """An engine with the fused kernels of the spec's card."""
+    engine = Engine(recorder)
+    engine.cudnn_attention = kernels_device(spec) is None
+    return engine
+
+
 @contextmanager
 def paused_collector() -> Iterator[None]:
     """No cyclic garbage collection inside: the engine frees by reference counts alone, and the
@@ -113,7 +121,7 @@ def _run(spec: RunSpec, model: Model, recorder: Recorder | None) -> Program:
         except NotAlikeError:
             pass
     loaded = load(spec, model)
-    engine = Engine(recorder)
+    engine = engine_for(spec, recorder)
     batch = make_batch(engine.recorder, spec, model)
     work = run_step(engine, loaded, forward_of(model), batch, optimizer)
     return _program(loaded, optimizer, engine.recorder, work)
@@ -172,7 +180,7 @@ def _gradients_key(spec: RunSpec) -> RunSpec:
     """The spec without what forward and backward do not depend on."""
     return spec.model_copy(
         update={
-            "device": None,
+            "device": kernels_device(spec),
             "device_memory": None,
             "optimizer": "sgd",
             "max_grad_norm": 0.0,
@@ -188,7 +196,7 @@ def _run_gradients(spec: RunSpec, model: Model) -> _Gradients:
     loaded = load(spec, model)
     loaded.decoder_layers = RUN_LAYERS
     few = MarkedRecorder()
-    engine = Engine(few)
+    engine = engine_for(spec, few)
     few.work = lambda: engine.work.counters()
     batch = make_batch(few, spec, model)
     work = run_micro_batches(engine, loaded, forward_of(model), batch)
@@ -247,7 +255,7 @@ def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: Ste
 def evaluation_peak(spec: RunSpec, model: Model) -> int:
     """Bytes an evaluation forward holds at its peak, above what is resident."""
     loaded = load(spec, model)
-    engine = Engine()
+    engine = engine_for(spec)
     size = spec.model_copy(update={"micro_batch_size": spec.evaluation_batch_size})
     batch = make_batch(engine.recorder, size, model)
     engine.training = False

@@ -12,6 +12,9 @@ from planner.memory.ops import Engine
 from planner.memory.tensor import Shape, Tensor
 from planner.memory.work import grad_bytes
 
+_VECTOR_CHANNELS = 8
+_CONV_MARGIN = 74  # elements of 16 bits: up to 147 bytes were seen
+
 
 def _is_patches(x: Shape, weight: Shape, out: Shape) -> bool:
     """Whether the kernel tiles the planes: as many steps of its size as fit."""
@@ -22,14 +25,16 @@ def _is_patches(x: Shape, weight: Shape, out: Shape) -> bool:
 def conv(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None, out_shape: Shape) -> Tensor:
     """A convolution, in 16 bits under autocast: saves its input and weight.
 
-    cuDNN turns planes to channels-last inside, so its workspace holds input and output once more
-    (measured on an H200, torch 2.11); patches (stride = kernel) are products without it.
+    cuDNN turns planes to channels-last inside, so its workspace holds input, weight and output once
+    more (allocator histories of an H200, torch 2.11), but not for channels that tensor cores don't
+    take; patches (stride = kernel) are products without it.
     """
-    x, weight = t.lower(x), t.lower(weight)
-    bias = t.lower(bias) if bias is not None else None
+    bias, weight, x = t.lower_all(bias, weight, x)
     out = t.new(out_shape, x.dtype, "convolution")
-    if len(weight.shape) == 4 and not _is_patches(x.shape, weight.shape, out_shape):
-        t.new((prod(x.shape) + prod(out_shape),), x.dtype, "cuDNN convolution (workspace)")
+    planes = len(weight.shape) == 4 and x.shape[1] % _VECTOR_CHANNELS == 0
+    if planes and not _is_patches(x.shape, weight.shape, out_shape):
+        elements = prod(x.shape) + prod(weight.shape) + prod(out_shape) + _CONV_MARGIN
+        t.new((elements,), x.dtype, "cuDNN convolution (workspace)")
     flops = 2 * prod(out_shape) * prod(weight.shape[1:])
     traffic = grad_bytes(x) + grad_bytes(weight) + grad_bytes(out)
     t.count_matmul(flops, traffic, x.dtype)
@@ -213,9 +218,10 @@ def masked_scatter(t: Engine, x: Tensor, mask: Tensor, source: Tensor) -> Tensor
     prefix sum of it (IndexKernel.cpp). x (B, S, D), mask (B, S, 1), source of any shape."""
     out = t.new(x.shape, x.dtype, "masked_scatter")
     t.count(2 * grad_bytes(x) + 9 * prod(x.shape), 4)
-    expanded = t.new(x.shape, BOOL, "masked_scatter (mask)")
     positions = t.new(x.shape, INT64, "masked_scatter (prefix sum)")
-    del expanded, positions
+    expanded = t.new(x.shape, BOOL, "masked_scatter (mask)")
+    del expanded
+    del positions
     needs, shape, count = (x.requires_grad, source.requires_grad), x.shape, source.shape
 
     def backward(g: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -223,7 +229,9 @@ def masked_scatter(t: Engine, x: Tensor, mask: Tensor, source: Tensor) -> Tensor
         kept = t.new(shape, g.dtype, "masked_fill (backward)") if needs[0] else None
         if not needs[1]:
             return kept, None
+        expanded = t.new(shape, BOOL, "masked_scatter (mask, backward)")
         indices = t.new((prod(count), len(shape)), INT64, "masked_scatter (backward)")
+        del expanded
         taken = t.new(count, g.dtype, "masked_scatter (backward)")
         del indices
         return kept, taken
