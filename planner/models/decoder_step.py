@@ -140,7 +140,7 @@ class Decoder:
             if self.caches:
                 k, v = attention_ops.cached(t, k), attention_ops.cached(t, v)
                 self.cache += (k.detach(), v.detach())
-            out, weights = attention_ops.attend(
+            out, weights = attend(
                 t, self.loaded.spec.attention, q, k, v, mask, not g.bidirectional,
                 g.attention_dropout, g.attn_logit_softcapping,
             )  # fmt: skip
@@ -173,7 +173,8 @@ class Decoder:
             for name, number, norm in zip(names, heads, norms, strict=True)
         )  # fmt: skip
         if g.qk_norm == "rms" and not early:
-            q, k = self.norm(f"{path}q_norm", q), self.norm(f"{path}k_norm", k)
+            q = self.norm(f"{path}q_norm", q)
+            k = self.norm(f"{path}k_norm", k)
         return q, k, v
 
     def _grouped_norm(self, path: str, x: Tensor, heads: int) -> Tensor:
@@ -240,6 +241,24 @@ class Decoder:
         if window is None or not decide(length >= window):
             return None
         return attention_ops.bool_mask(self.t, batch, length, window=True)
+
+
+def attend(
+    t: Engine, implementation: attention_ops.Implementation, q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """transformers' attention interface: output (B, S, h, d), and weights where eager. The fused
+    kernels of the families modelled take no dropout and no soft cap."""
+    if implementation == "eager":
+        from planner.memory.eager_attention import eager  # loaded for eager runs alone
+
+        return eager(t, q, k, v, mask, dropout if t.training else 0.0, softcap)
+    if implementation == "flash_attention_2":
+        out = attention_ops.flash_attention_2(t, q, k, v, causal)
+    else:
+        out = attention_ops.sdpa(t, q, k, v, mask, causal)
+    return t.contiguous(t.transpose(out, 1, 2)), None
 
 
 def turned(t: Engine, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
