@@ -19,7 +19,7 @@ Steps = list[tuple[str, int]]
 
 # Differing stretches that are known, by a part of the case's name, and why.
 KNOWN = {
-    # under a dispatch mode torch's index_backward puts its rows into a copy (areAnyTensorSubclassLike)
+    # under a dispatch mode torch puts indexed rows into a copy (areAnyTensorSubclassLike)
     "Qwen2.5-VL": 6,
     "Qwen2-VL": 2,  # the merger's norm is released one statement late
     "gemma-3-4b": 9,  # the projector's pooled features, likewise
