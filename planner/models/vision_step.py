@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from planner.dtypes import INT64
 from planner.errors import UnsupportedError
-from planner.memory import attention as attention_ops
 from planner.memory import layers as nn
 from planner.memory import norms, vocabulary
 from planner.memory import vision as ops
@@ -21,7 +20,7 @@ from planner.memory.ops import Engine
 from planner.memory.step import Batch
 from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
-from planner.models.decoder_step import Decoder, head_and_loss
+from planner.models.decoder_step import Decoder, attend, head_and_loss
 from planner.models.images import image_input
 from planner.models.towers import TowerGeometry
 from planner.spec import RunSpec
@@ -124,7 +123,7 @@ class Tower:
         images, length, width = hidden.shape
         q, k, v = self._project(path, hidden)
         with t.recorder.scope(path.rstrip(".")):
-            out, weights = attention_ops.attend(
+            out, weights = attend(
                 t, self.loaded.spec.attention, q, k, v, None, False, g.attention_dropout
             )
             out = t.reshape(out, (images, length, width))
