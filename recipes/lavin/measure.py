@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import resource
 import statistics
 import time
@@ -233,12 +234,14 @@ def _passes(step: LavinStep, meter: Meter, cap: int, steps: int = 2) -> bool:
 
 
 def _nvml_used() -> int | None:
-    """Bytes in use on card 0 by NVML, None without it."""
+    """Bytes in use on this process's first card by NVML, None without it."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # NVML sees every card
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(first))
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
     except Exception:  # no module, no driver, no card
         return None
 
