@@ -51,7 +51,7 @@ class Loading:
         self.loaded = loaded
         base = _base(loaded)
         self._base = base
-        self._adapters: dict[int, tuple[str, str]] = {}
+        self._adapters: list[int] = []
         self.sizes = base.sizes[:]
         *before, last = base.parts
         self.parts: list[array[int]] = [*before, last[:]]
@@ -62,30 +62,29 @@ class Loading:
     @property
     def stays(self) -> dict[int, tuple[str, str]]:
         """Whose each lasting allocation is: (component, what)."""
-        return self._base.stays | self._adapters
+        return self._base.stays | dict.fromkeys(self._adapters, ("adapter", "LoRA"))
 
     def _add_adapters(self) -> None:
         """peft: fp32 beside quantised and fp32 weights, else 16 bits that are then cast."""
         loaded, last = self.loaded, self.parts[-1]
-        base = DType(loaded.spec.weights_dtype)
-        positions, by_path = loaded.positions, loaded.tree.by_path
+        itemsize, rank = DType(loaded.spec.weights_dtype).itemsize, loaded.spec.lora.rank
+        sizes, casts = self.sizes, loaded.casts_to_fp32
         sixteen = []
-        for path in sorted(loaded.adapted, key=positions.__getitem__):
-            module = by_path[path]
-            for size in adapter_sizes(loaded, module):
-                key = len(self.sizes)
+        for module, outs, ins in _adapted_modules(loaded.tree, loaded.adapted):
+            fp32 = casts or loaded.is_quantized(module)
+            for size in (rank * ins, rank * outs):
+                key = len(sizes)
                 last.append(key)
-                if loaded.is_quantized(module) or loaded.casts_to_fp32:
-                    self.sizes.append(rounded(size * 4))
-                    self._adapters[key] = ("adapter", "LoRA")
+                sizes.append((size * (4 if fp32 else itemsize) + 511) & -512)
+                if fp32:
+                    self._adapters.append(key)
                 else:
-                    self.sizes.append(rounded(size * base.itemsize))
                     sixteen.append((key, size))
         for key, size in sixteen:
-            cast = len(self.sizes)
-            self.sizes.append(rounded(size * 4))
+            cast = len(sizes)
+            sizes.append(rounded(size * 4))
             last.extend((cast, ~key))
-            self._adapters[cast] = ("adapter", "LoRA")
+            self._adapters.append(cast)
 
 
 def _base(loaded: Loaded) -> _Base:
@@ -232,6 +231,15 @@ def adapter_parameters(loaded: Loaded) -> int:
     """Elements of all adapters."""
     by_path = loaded.tree.by_path
     return sum(sum(adapter_sizes(loaded, by_path[path])) for path in loaded.adapted)
+
+
+@lru_cache(maxsize=8)
+def _adapted_modules(
+    tree: ModelTree, adapted: frozenset[str]
+) -> tuple[tuple[Module, int, int], ...]:
+    """The adapted modules in the model's order, with the elements of B and A at rank 1."""
+    found = (module for module in tree.modules if module.path in adapted)
+    return tuple((m, m.weight_shape[0], prod(m.weight_shape[1:])) for m in found)
 
 
 @lru_cache(maxsize=4)

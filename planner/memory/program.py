@@ -76,14 +76,18 @@ def load(spec: RunSpec, model: Model) -> Loaded:
     """The model's state after loading: quantization, dtypes, adapters."""
     adapted: frozenset[str] = frozenset()
     if spec.method == "lora":
-        matched = target_modules(model.tree, spec.lora.target_modules)
-        adapted = frozenset(module.path for module in matched)
+        adapted = _adapted(model.tree, spec.lora.target_modules)
     elif spec.quantization != "none":
         raise UnsupportedError(
             f"method: 'full' cannot train {spec.quantization} weights; allowed: quantization "
             "'none' with 'full', or method 'lora'"
         )
     return Loaded(spec, model.tree, adapted)
+
+
+@lru_cache(maxsize=16)
+def _adapted(tree: ModelTree, targets: tuple[str, ...] | str) -> frozenset[str]:
+    return frozenset(module.path for module in target_modules(tree, targets))
 
 
 def run(spec: RunSpec, model: Model, recorder: Recorder | None = None) -> Program:
@@ -217,27 +221,34 @@ def all_layers(
     """The leaves of every decoder layer by name, from those of RUN_LAYERS, in the order they are
     met; those that layer 2 stands for share its tensor. A gradient is a dtype here: its bytes are
     in the recorder."""
-    found: dict[str, Tensor] = {}
-    groups: dict[int, list[tuple[Tensor, str, str]]] = {}
+    copies: dict[str, Tensor] = {}
+    for name, leaf in leaves.items():
+        copy = Tensor(None, leaf.shape, leaf.dtype, leaf.requires_grad, name=name)
+        if name in graded:
+            copy.grad = Tensor(None, leaf.shape, graded[name])
+        copies[name] = copy
+    return {name: copies[twin] for name, twin in _all_names(tuple(leaves), layers)}
 
-    for leaf in leaves.values():
-        copy = Tensor(None, leaf.shape, leaf.dtype, leaf.requires_grad, name=leaf.name)
-        if leaf.name in graded:
-            copy.grad = Tensor(None, leaf.shape, graded[leaf.name])
-        match = _DECODER_LAYER.search(leaf.name)
-        if match is None or leaf.name.startswith(_TOWERS):
-            found[leaf.name] = copy
+
+@lru_cache(maxsize=16)
+def _all_names(names: tuple[str, ...], layers: int) -> list[tuple[str, str]]:
+    """Every parameter's name, and that of the one among `names` that stands for it."""
+    found: list[tuple[str, str]] = []
+    groups: dict[int, list[tuple[str, str, str]]] = {}
+    for name in names:
+        match = _DECODER_LAYER.search(name)
+        if match is None or name.startswith(_TOWERS):
+            found.append((name, name))
             continue
         index, (start, end) = int(match.group(1)), match.span(1)
-        before, after = leaf.name[:start], leaf.name[end:]
-        groups.setdefault(index, []).append((copy, before, after))
+        before, after = name[:start], name[end:]
+        groups.setdefault(index, []).append((name, before, after))
         if index == RUN_LAYERS - 1 and len(groups[index]) == 1:
             for whole in range(2, layers - 1):
-                for twin, front, back in groups[2]:
-                    found[f"{front}{whole}{back}"] = twin
+                found += [(f"{front}{whole}{back}", twin) for twin, front, back in groups[2]]
         if index != 2:
             whole = index if index < 2 else layers - 1
-            found[f"{before}{whole}{after}"] = copy
+            found.append((f"{before}{whole}{after}", name))
     return found
 
 
