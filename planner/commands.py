@@ -44,5 +44,6 @@ COMMANDS = (
         "records", "list, filter and export measured records", "probes.records_cli:run", "train"
     ),
     Command("train", "run the fine-tune that was planned", "recipes.cli:run", "train"),
+    Command("lavin", "adapters between LLaMA and CLIP, trained", "recipes.lavin.cli:run", "train"),
     Command("demo", "a tiny Chameleon, trained and judged offline", "recipes.demo:run", "train"),
 )
