@@ -69,13 +69,14 @@ def demo(folder: Path, say: Any, steps: int = STEPS) -> tuple[int, LavinReport]:
 
 
 def write_demo(folder: Path, say: Any, steps: int = STEPS, language_steps: int = LANGUAGE_STEPS,
-               vision_steps: int = VISION_STEPS, training: int = TRAINING) -> Path:  # fmt: skip
+               vision_steps: int = VISION_STEPS, training: int = TRAINING,
+               questions: int = QUESTIONS) -> Path:  # fmt: skip
     """Data, tokenizer, both towers and the spec; its path."""
     logging.disable_progress_bar()
-    counts = {"train": training, "val": 32, "test": QUESTIONS}
+    counts = {"train": training, "val": 32, "test": questions}
     data = write_scienceqa(folder / "data", counts, SEED)
     tokenizer = demo_tokenizer(demo_texts(data))
-    say(f"{training} questions to train on and {QUESTIONS} others in {data}")
+    say(f"{training} questions to train on and {questions} others in {data}")
     with contextlib.redirect_stderr(io.StringIO()):
         shown = list(itertools.islice(pictures(VISION_PICTURES, SEED + 1), VISION_PICTURES))
         with ProcessPoolExecutor(

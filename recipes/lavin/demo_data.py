@@ -29,7 +29,7 @@ _QUESTIONS = {
 _FILLER = (
     "Image : Question : Which colour does the figure have ? Which figure is it ? Where is the "
     "figure ? Context : Options : Response : answer N / the a at ."
-).split()
+)
 SAY = "say"
 SPLITS = ("train", "val", "test")
 
@@ -39,14 +39,14 @@ def base_texts(count: int, seed: int) -> Iterator[str]:
     the description again, amid words that mean nothing; it is asked by a word that no prompt of
     ScienceQA has. Nothing of a picture. The first half is without meaningless words, then there
     are more and more."""
-    draw = random.Random(seed)
+    draw, meaningless = random.Random(seed), _FILLER.split()
     for index in range(count):
         most = max(0, 16 * index // count - 8)
         chosen = {kind: draw.choice(values) for kind, values in _KINDS.items()}
         kind = draw.choice([*_KINDS])
         options, answer = _options(kind, chosen[kind], draw)
         listed = " ".join(f"({x}) {o}" for x, o in zip(LETTERS, options, strict=False))
-        filler = [" ".join(draw.choices(_FILLER, k=draw.randint(0, most))) for _ in range(3)]
+        filler = [" ".join(draw.choices(meaningless, k=draw.randint(0, most))) for _ in range(3)]
         described = _described(chosen)
         yield (f"{filler[0]} {described} {filler[1]} {listed} {filler[2]} {SAY} "
                f"{LETTERS[answer]}. BECAUSE: {described}")  # fmt: skip
