@@ -66,8 +66,8 @@ class LavinStep:
 
     def forward(self, batch: Batch, **language: Any) -> Any:
         """The model's output on a batch of the host, under the spec's autocast."""
-        kind = self.built.device.type
-        sent = {key: value.to(kind, non_blocking=True) for key, value in batch.items()}
+        device = self.built.device
+        sent = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         with autocast(self.built):
             return self.model(**sent, **language)
 
