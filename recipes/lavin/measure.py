@@ -98,7 +98,8 @@ class Meter:
     def __init__(self, device: str | None) -> None:
         self.on_cuda = device != "cpu" and torch.cuda.is_available()
         self._others = _nvml_used()  # before this process has a context, on the card of index 0
-        self.device = torch.device(device or ("cuda" if self.on_cuda else "cpu"))
+        # a card by its index: the allocator's settings ask for one
+        self.device = torch.device("cuda", 0) if self.on_cuda else torch.device(device or "cpu")
         if self.on_cuda and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.current = "build"
