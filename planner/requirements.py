@@ -8,6 +8,7 @@ from typing import Any
 
 from planner.devices import find_device
 from planner.levers import apply
+from planner.models.adapters import adapter_words
 from planner.spec import RunSpec
 from planner.sweep import Row, evaluate
 
@@ -59,14 +60,13 @@ def caption(spec: RunSpec, by_batch: bool) -> str:
 
 def shared_settings(spec: RunSpec) -> str:
     """Length, accumulation, adapter, checkpointing, precision, optimizer, stack, versions."""
-    names = spec.lora.target_modules
-    targets = names if isinstance(names, str) else ", ".join(names)
+    adapter = adapter_words(spec.model_copy(update={"method": "lora"})).replace(",", ", ")
     images = f", {spec.images_per_sample} image(s) a sample" if spec.images_per_sample else ""
     checkpointing = "with" if spec.gradient_checkpointing else "without"
     versions = spec.versions
     return (
         f"{spec.sequence_length} tokens a sample{images}, accumulation "
-        f"{spec.gradient_accumulation_steps}, LoRA r={spec.lora.rank} on {targets}, "
+        f"{spec.gradient_accumulation_steps}, {adapter}, "
         f"{checkpointing} gradient checkpointing, autocast {spec.precision}, "
         f"{spec.optimizer} unless the row says otherwise, {spec.attention}, "
         f"{spec.stack} stack, torch {versions.torch}, transformers {versions.transformers}"

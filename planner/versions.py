@@ -29,7 +29,21 @@ def version_notes(spec: RunSpec) -> tuple[str, ...]:
                 f"{library} {given} is {age} than the modelled {known}: answered as {known}, "
                 "interval widened; what differs may lie outside it"
             )
+            if library == "bitsandbytes" and keeps_4bit_inputs(spec):
+                told.append(
+                    "bitsandbytes before 0.43.2 keeps the inputs of 4-bit linears: counted "
+                    "(checkpointing taken as reentrant)"
+                )
     return tuple(told)
+
+
+KEPT_4BIT_INPUTS_UNTIL = (0, 43, 2)  # bitsandbytes pull request 1270, 16 July 2024
+
+
+def keeps_4bit_inputs(spec: RunSpec) -> bool:
+    """Whether the run's bitsandbytes keeps the input of every 4-bit linear for backward."""
+    parts = [int(part) for part in re.findall(r"\d+", spec.versions.bitsandbytes)[:3]]
+    return (*parts, 0)[:3] < KEPT_4BIT_INPUTS_UNTIL
 
 
 def release_line(version: str) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ class Linear(NamedTuple):
     quantization: Quantization = "none"
     double_quant: bool = False
     compute_dtype: DType = BF16
+    keeps_input: bool = False  # of 4 bits: bitsandbytes before 0.43.2
     adapter: Adapter | None = None
 
 
@@ -135,7 +136,11 @@ def _dequantize(t: Engine, state: Linear, dtype: DType, op: str) -> Tensor:
 
 def _matmul_4bit(t: Engine, state: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
     """MatMul4Bit (bitsandbytes/autograd/_functions.py): keeps the packed weight only; the weight
-    is dequantised for the product in both directions."""
+    is dequantised for the product in both directions.
+
+    Before 0.43.2 it kept its input, too, which no gradient needs (bitsandbytes pull request 1270).
+    Taken to be out of a checkpointed forward, as with the reentrant checkpoints of that time.
+    """
     rows, shape, dtype = prod(x.shape[:-1]), x.shape, x.dtype
     n, k = state.out_features, state.in_features
     flops = 2 * rows * n * k
@@ -157,7 +162,7 @@ def _matmul_4bit(t: Engine, state: Linear, x: Tensor, bias: Tensor | None) -> Te
         del dequantized
         return grad, None
 
-    return t.record(out, (x, bias), (), backward)
+    return t.record(out, (x, bias), (x,) if state.keeps_input else (), backward)
 
 
 def _matmul_int8(t: Engine, state: Linear, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from planner.dtypes import F32, DType
 from planner.memory.layers import Adapter, Linear
 from planner.models.tree import ModelTree, Module
 from planner.spec import RunSpec
+from planner.versions import keeps_4bit_inputs
 
 COMPUTE = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
 
@@ -19,8 +20,10 @@ COMPUTE = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
 class Loaded:
     """What the step program asks for: linears, weights and biases by path.
 
-    `trainable` fills as the program touches leaves; `adapted` holds the paths with an adapter.
-    `tensors` keeps one leaf per parameter, so that gradients accumulate where torch's do.
+    adapted: the paths with LoRA; trained: modules of the tree that are trained whole, in fp32 (an
+    adapter of the model's own); own_step: this project's recipe for the model builds and runs it,
+    without k-bit preparation, and 4-bit linears compute in the spec's precision.
+    `leaves` keeps one leaf per parameter, so that gradients accumulate where torch's do.
     """
 
     spec: RunSpec
@@ -28,6 +31,8 @@ class Loaded:
     adapted: frozenset[str]
     unquantized: frozenset[str] = frozenset()
     decoder_layers: int | None = None  # run only so many of them
+    trained: frozenset[str] = frozenset()
+    own_step: bool = False
     leaves: dict[str, Any] = field(default_factory=dict)
     _linears: dict[str, Linear] = field(default_factory=dict)
 
@@ -50,7 +55,8 @@ class Loaded:
         """Whether k-bit preparation makes the parameters that are not quantised fp32."""
         return (
             self.quantized and self.spec.stack == "stock" and self.spec.weights_dtype != "float32"
-        )
+            and not self.own_step
+        )  # fmt: skip
 
     @property
     def dtype(self) -> DType:
@@ -85,10 +91,12 @@ class Loaded:
         return tensor
 
     def parameter(self, path: str, name: str = "weight") -> Any:
-        """A plain parameter: trainable in full fine-tuning."""
+        """A plain parameter: trainable in full fine-tuning, or where its module is trained."""
         module = self.tree.by_path[path]
         owner = module.tied_to or path
         shape = dict(self.tree.by_path[owner].shapes)[name]
+        if owner in self.trained:
+            return self.leaf(owner, name, shape, F32, True)
         return self.leaf(owner, name, shape, self.dtype, self.spec.method == "full")
 
     def linear(self, path: str) -> Linear:
@@ -115,7 +123,10 @@ class Loaded:
             bias=self.parameter(module.path, "bias") if has_bias else None,
             quantization="none" if not quantized else "int8" if kind == "int8" else "4bit",
             double_quant=self.spec.double_quant,
-            compute_dtype=compute_dtype(self.spec),
+            compute_dtype=COMPUTE[self.spec.precision]
+            if self.own_step
+            else compute_dtype(self.spec),
+            keeps_input=keeps_4bit_inputs(self.spec),
             adapter=self._adapter(module) if module.path in self.adapted else None,
         )
 

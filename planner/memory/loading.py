@@ -40,7 +40,8 @@ class _Arrival(NamedTuple):
 
 
 class Loading:
-    """The allocator's events of loading, k-bit preparation and adapter set-up.
+    """The allocator's events of loading, k-bit preparation and adapter set-up (LoRA's, or modules
+    that are trained whole).
 
     sizes: bytes of each allocation; parts: i for the allocation of sizes[i], ~i for its release,
     the cache emptied between one part and the next; resident_bytes: sum of the tensors that stay
@@ -62,7 +63,8 @@ class Loading:
     @property
     def stays(self) -> dict[int, tuple[str, str]]:
         """Whose each lasting allocation is: (component, what)."""
-        return self._base.stays | dict.fromkeys(self._adapters, ("adapter", "LoRA"))
+        kind = "fp32" if self.loaded.trained else "LoRA"
+        return self._base.stays | dict.fromkeys(self._adapters, ("adapter", kind))
 
     def _add_adapters(self) -> None:
         """peft: fp32 beside quantised and fp32 weights, else 16 bits that are then cast."""
@@ -70,6 +72,10 @@ class Loading:
         itemsize, rank = DType(loaded.spec.weights_dtype).itemsize, loaded.spec.lora.rank
         sizes, casts = self.sizes, loaded.casts_to_fp32
         sixteen = []
+        for _, shape in _parameters(loaded.tree, loaded.trained):
+            self._adapters.append(len(sizes))
+            last.append(len(sizes))
+            sizes.append(rounded(prod(shape) * 4))
         for module, outs, ins in _adapted_modules(loaded.tree, loaded.adapted):
             fp32 = casts or loaded.is_quantized(module)
             for size in (rank * ins, rank * outs):
@@ -90,7 +96,8 @@ class Loading:
 def _base(loaded: Loaded) -> _Base:
     """Loading without the adapters: the same for whatever does not change the weights."""
     spec = loaded.spec
-    key = (spec.quantization, spec.double_quant, spec.weights_dtype, spec.stack, loaded.unquantized)
+    key = (spec.quantization, spec.double_quant, spec.weights_dtype, spec.stack, loaded.unquantized,
+           loaded.trained, loaded.own_step)  # fmt: skip
     known = _bases(loaded.tree)
     if key not in known:
         known[key] = _Base(loaded)
@@ -115,6 +122,8 @@ class _Base:
         plain: list[tuple[int, Module, tuple[int, ...]]] = []
         alike: dict[tuple[object, ...], _Arrival] = {}
         for module, name, shape in arrivals(loaded.tree):
+            if module.path in loaded.trained:
+                continue
             quantized = loaded.is_quantized(module) and name == "weight"
             kind = (quantized, module.component, shape)
             arrival = alike.get(kind)
@@ -135,7 +144,7 @@ class _Base:
                 plain.append((first, module, shape))
         if loaded.casts_to_fp32:
             self._cast_to_fp32(plain)
-        if loaded.quantized and loaded.spec.stack == "stock":
+        if loaded.quantized and loaded.spec.stack == "stock" and not loaded.own_step:
             self.parts.append(array("q"))
 
     def _repeat(self, arrival: _Arrival) -> None:
@@ -164,6 +173,8 @@ class _Base:
         dtype = DType(self.spec.weights_dtype)
         total = 0.0
         for module in self.loaded.tree.modules:
+            if module.path in self.loaded.trained:
+                continue
             quantized = self.loaded.is_quantized(module)
             bits = 1 if self.spec.quantization == "int8" else 0.5
             for name, shape in module.shapes[1:] if module.tied_to else module.shapes:
@@ -230,7 +241,17 @@ def adapter_sizes(loaded: Loaded, module: Module) -> tuple[int, int]:
 def adapter_parameters(loaded: Loaded) -> int:
     """Elements of all adapters."""
     by_path = loaded.tree.by_path
-    return sum(sum(adapter_sizes(loaded, by_path[path])) for path in loaded.adapted)
+    own = sum(by_path[path].parameters for path in loaded.trained)
+    return own + sum(sum(adapter_sizes(loaded, by_path[path])) for path in loaded.adapted)
+
+
+@lru_cache(maxsize=8)
+def _parameters(
+    tree: ModelTree, paths: frozenset[str]
+) -> tuple[tuple[Module, tuple[int, ...]], ...]:
+    """Each parameter of the modules at `paths`, in the model's order."""
+    chosen = (module for module in tree.modules if module.path in paths)
+    return tuple((module, shape) for module in chosen for _, shape in module.shapes)
 
 
 @lru_cache(maxsize=8)

@@ -62,10 +62,12 @@ class Engine(Views):
         """a * b: saves each factor the other's gradient needs."""
         dtype, shape = promote(a.dtype, b.dtype), wider(a.shape, b.shape)
         size = prod(shape)
+        need_a, need_b = a.requires_grad, b.requires_grad
+        saved = (b if need_a else None, a if need_b else None)
+        self.about_to_save(saved)
         self.count(size * (a.dtype.itemsize + b.dtype.itemsize + dtype.itemsize))
         out = self.new(shape, dtype, op)
         out.contiguous = (a if len(a.shape) >= len(b.shape) else b).contiguous
-        need_a, need_b = a.requires_grad, b.requires_grad
 
         def backward(g: Tensor) -> tuple[Tensor | None, Tensor | None]:
             grad_b = grad_a = None
@@ -77,7 +79,7 @@ class Engine(Views):
                 grad_a = self.like(g, dtype, "mul (backward)")
             return grad_a, grad_b
 
-        return self.record(out, (a, b), (b if need_a else None, a if need_b else None), backward)
+        return self.record(out, (a, b), saved, backward)
 
     def pow2(self, x: Tensor) -> Tensor:
         """x.pow(2), an fp32 operation under autocast; saves x."""

@@ -35,7 +35,7 @@ from planner.models.tree import ModelTree
 from planner.spec import RunSpec
 
 _DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
-_TOWERS = ("model.vision_tower.", "model.visual.")  # their layers are all run
+_TOWERS = ("model.vision_tower.", "model.visual.", "vision.")  # their layers are all run
 
 
 class StateBytes(NamedTuple):
@@ -74,6 +74,10 @@ class Program(NamedTuple):
 
 def load(spec: RunSpec, model: Model) -> Loaded:
     """The model's state after loading: quantization, dtypes, adapters."""
+    load_own = getattr(model.family, "load", None)
+    if load_own is not None:
+        loaded: Loaded = load_own(spec, model.tree)
+        return loaded
     adapted: frozenset[str] = frozenset()
     if spec.method == "lora":
         adapted = _adapted(model.tree, spec.lora.target_modules)
@@ -295,6 +299,10 @@ def forward_of(model: Model) -> Forward:
 
 def make_batch(recorder: Recorder, spec: RunSpec, model: Model) -> Batch:
     """The inputs of one forward, images included."""
+    make = getattr(model.family, "make_batch", None)
+    if make is not None:
+        made: Batch = make(model.geometry, spec)
+        return made
     batch = inputs(recorder, spec.micro_batch_size, spec.sequence_length)
     if not spec.images_per_sample:
         return batch

@@ -13,7 +13,7 @@ from planner.memory.storage import Block
 _LAYER = re.compile(r"(layers|blocks|down|block|attn)\.\d+")
 _SOURCES = {
     "parameters": "transformers from_pretrained, peft prepare_model_for_kbit_training",
-    "adapters": "peft tuners/lora (fp32 beside 16-bit weights)",
+    "adapters": "fp32 beside 16-bit weights (peft tuners/lora; recipes/lavin/adapters.py)",
     "optimizer_states": "torch/optim, bitsandbytes/optim",
     "gradients": "torch/csrc/autograd/functions/accumulate_grad.h",
     "saved_activations": "tools/autograd/derivatives.yaml: what backward needs",

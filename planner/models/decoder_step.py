@@ -275,11 +275,12 @@ def turned(t: Engine, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def head_and_loss(
     t: Engine, loaded: Loaded, geometry: DecoderGeometry, hidden: Tensor, labels: Tensor,
-    masked_columns: int = 0,
+    masked_columns: int = 0, path: str = "lm_head",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """lm_head, soft caps, Chameleon's masking of image columns, and the loss: (loss, logits)."""
+    """lm_head (at `path`), soft caps, Chameleon's masking of image columns, and the loss: (loss,
+    logits)."""
     t.recorder.enter("loss")
-    logits = nn.linear(t, loaded.linear("lm_head"), hidden)
+    logits = nn.linear(t, loaded.linear(path), hidden)
     with t.recorder.scope("lm_head"):
         if geometry.final_logit_softcapping:
             logits = t.scale(logits, "div")

@@ -14,7 +14,7 @@ _WEIGHTS = {
 }  # fmt: skip
 _TITLES = {
     "parameters": "weights",
-    "adapters": "LoRA adapters",
+    "adapters": "adapters",
     "gradients": "gradients",
     "optimizer_states": "optimizer states",
     "saved_activations": "kept for backward",

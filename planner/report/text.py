@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from planner.cost import run_cost
 from planner.estimate import Estimate
+from planner.models.adapters import adapter_words
 from planner.report.groups import groups
 from planner.report.terminal import Line, bar
 from planner.units import GIB, format_gib, format_seconds
@@ -119,9 +120,7 @@ def settings_sentence(answer: Estimate) -> str:
     """What was asked, in one line."""
     spec = answer.spec
     weights = spec.quantization if spec.quantization != "none" else spec.weights_dtype
-    names = spec.lora.target_modules
-    targets = names if isinstance(names, str) else ",".join(names)
-    adapter = f"LoRA r={spec.lora.rank} on {targets}" if spec.method == "lora" else "full"
+    adapter = adapter_words(spec)
     images = f", {spec.images_per_sample} image(s)" if spec.images_per_sample else ""
     batch = f"{spec.micro_batch_size} x {spec.sequence_length} tokens{images}"
     accumulated = spec.gradient_accumulation_steps

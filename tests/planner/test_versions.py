@@ -12,7 +12,7 @@ from tests.planner.tiny import tiny_spec
 
 @pytest.mark.parametrize(("library", "version"), [
     ("torch", "2.5.1"), ("torch", "2.13.0"), ("transformers", "4.46.2"), ("peft", "0.12.0"),
-    ("accelerate", "0.34.0"), ("bitsandbytes", "0.43.1"),
+    ("accelerate", "0.34.0"), ("bitsandbytes", "0.44.1"),
 ])  # fmt: skip
 def test_another_release_line_is_told_and_widened(tiny: str, library: str, version: str) -> None:
     spec = {"quantization": "nf4", "device": "h200"}
@@ -26,6 +26,22 @@ def test_another_release_line_is_told_and_widened(tiny: str, library: str, versi
         answer.allocator_required_interval_bytes for answer in (known, other)
     )
     assert wide_low < low <= high < wide_high
+
+
+@pytest.mark.parametrize(("version", "keeps"), [("0.39.0", True), ("0.43.1", True),
+                                                ("0.43", True), ("0.43.2", False)])  # fmt: skip
+def test_old_bitsandbytes_keeps_the_inputs_of_4_bit_linears(
+    tiny: str, version: str, keeps: bool
+) -> None:
+    """The first release without was 0.43.2 (bitsandbytes pull request 1270)."""
+    fields = {"quantization": "nf4", "lora": {"target_modules": ("q_proj",)}}
+    known = estimate(tiny_spec(tiny, **fields))
+    old = estimate(tiny_spec(tiny, **fields, versions={"bitsandbytes": version}))
+    assert (old.peak_allocated_bytes > known.peak_allocated_bytes) is keeps
+    assert any("keeps the inputs" in note for note in old.notes) is keeps
+    wide = estimate(tiny_spec(tiny, quantization="none"))
+    same = estimate(tiny_spec(tiny, quantization="none", versions={"bitsandbytes": version}))
+    assert same.peak_allocated_bytes == wide.peak_allocated_bytes
 
 
 def test_a_patch_release_and_a_build_change_nothing(tiny: str) -> None:

@@ -28,6 +28,9 @@ class Family(Protocol):
     sequence that one square image of `image_size` pixels takes (None: the size that the model's
     processor makes of any image), start and end marks included; image_features: those among them
     that hold features of the image, and whose labels are masked.
+
+    A family whose step is a recipe of this project may also have `load` (spec, tree -> Loaded) and
+    `make_batch` (geometry, spec -> Batch), which stand for the stock stack's.
     """
 
     AUTO_CLASS: str
@@ -54,6 +57,7 @@ FAMILIES = {
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "paligemma": "paligemma",
+    "lavin": "lavin",
 }
 
 
