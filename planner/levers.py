@@ -237,7 +237,7 @@ def _weights(spec: RunSpec) -> Iterator[Change]:
 
 
 def _adapter(spec: RunSpec) -> Iterator[Change]:
-    if spec.method != "lora":
+    if spec.method != "lora" or spec.adapter != "lora":
         return
     if spec.lora.dropout:
         yield Change({"lora.dropout": 0.0}, DIFFERENT)

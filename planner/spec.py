@@ -71,6 +71,13 @@ class Lora(Section):
     ] = "all-linear"
 
 
+class AdaptionPrompt(Section):
+    """LLaMA-Adapter, in peft's words: prompt tokens in so many layers, counted from the top."""
+
+    adapter_len: Annotated[int, Field(ge=1, le=65536)] = 10
+    adapter_layers: Count = 30
+
+
 Release = Annotated[str, Field(pattern=r"^\d+\.\d+")]
 
 
@@ -124,8 +131,10 @@ class RunSpec(Section):
     """One fine-tune, and the card it should run on.
 
     Sizes are per device: `micro_batch_size` samples of `sequence_length` tokens, image tokens
-    included, in one forward. A field that does not apply (`double_quant` without 4 bits) is
-    ignored. Defaults are a QLoRA fine-tune as most people start it.
+    included, in one forward. `method` "lora" trains an adapter and freezes the rest: `adapter` says
+    which of peft's, where the model has none of its own (LaVIN). A field that does not apply
+    (`double_quant` without 4 bits) is ignored. Defaults are a QLoRA fine-tune as most people start
+    it.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -140,6 +149,8 @@ class RunSpec(Section):
     weights_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     lora: Lora = Lora.model_construct()
+    adapter: Literal["lora", "adaption_prompt"] = "lora"
+    adaption_prompt: AdaptionPrompt = AdaptionPrompt.model_construct()
     micro_batch_size: Count = 1
     sequence_length: Count = 512
     images_per_sample: Annotated[int, Field(ge=0, le=4096)] = 0
@@ -161,7 +172,12 @@ class RunSpec(Section):
 
 
 def spec_from_mapping(values: Mapping[str, Any]) -> RunSpec:
-    """Validate a mapping into a RunSpec; raises InputError naming every bad field at once."""
+    """Validate a mapping into a RunSpec; raises InputError naming every bad field at once.
+
+    A full fine-tune that says nothing of quantization has none: packed weights cannot be trained.
+    """
+    if values.get("method") == "full" and "quantization" not in values:
+        values = {**values, "quantization": "none"}
     spec = plainly_valid(RunSpec, values)
     if spec is not None:
         return spec
@@ -244,7 +260,10 @@ def _fields_at(path: list[str]) -> list[str]:
         from planner import spec_training
 
         return list(getattr(spec_training, name.capitalize()).model_fields)
-    nested: dict[str, type[BaseModel]] = {"lora": Lora, "versions": Versions, "schedule": Schedule}
+    nested: dict[str, type[BaseModel]] = {
+        "lora": Lora, "adaption_prompt": AdaptionPrompt, "versions": Versions,
+        "schedule": Schedule,
+    }  # fmt: skip
     return list(nested.get(name, RunSpec).model_fields)
 
 

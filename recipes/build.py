@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PeftConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -101,15 +107,25 @@ def _adapted(base: PreTrainedModel, spec: RunSpec) -> nn.Module:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     base.requires_grad_(False)
     try:
-        return get_peft_model(base, lora_config(spec))
+        return get_peft_model(base, adapter_config(spec))
     except ValueError as error:
         problem = Problem("lora.target_modules", str(error).splitlines()[0],
                           spec.lora.target_modules)  # fmt: skip
         raise InputError(problem) from None
 
 
-def lora_config(spec: RunSpec) -> LoraConfig:
+def adapter_config(spec: RunSpec) -> PeftConfig:
     """The spec's adapter as peft takes it."""
+    if spec.adapter == "lora":
+        return lora_config(spec)
+    prompt = spec.adaption_prompt
+    return AdaptionPromptConfig(
+        adapter_len=prompt.adapter_len, adapter_layers=prompt.adapter_layers, task_type="CAUSAL_LM"
+    )
+
+
+def lora_config(spec: RunSpec) -> LoraConfig:
+    """The spec's LoRA."""
     targets = spec.lora.target_modules
     return LoraConfig(
         r=spec.lora.rank,

@@ -20,9 +20,9 @@ COMPUTE = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
 class Loaded:
     """What the step program asks for: linears, weights and biases by path.
 
-    adapted: the paths with LoRA; trained: modules of the tree that are trained whole, in fp32 (an
-    adapter of the model's own); own_step: this project's recipe for the model builds and runs it,
-    without k-bit preparation, and 4-bit linears compute in the spec's precision.
+    adapted: the paths with LoRA; trained: modules of the tree that are trained whole (an
+    adapter of the model's own, LLaMA-Adapter's prompts); own_step: this project's recipe builds
+    and runs the model, without k-bit preparation, 4-bit linears in the spec's precision.
     `leaves` keeps one leaf per parameter, so that gradients accumulate where torch's do.
     """
 
@@ -70,6 +70,12 @@ class Loaded:
         """peft keeps adapters in fp32 beside 16-bit weights (autocast_adapter_dtype)."""
         return F32
 
+    @property
+    def trained_dtype(self) -> DType:
+        """fp32 for a model's own adapters; peft makes prompts in the dtype of q_proj's weight, and
+        in fp32 where that is packed."""
+        return F32 if self.own_step or self.quantized else self.dtype
+
     def is_quantized(self, module: Module) -> bool:
         """transformers replaces every nn.Linear but the output head and what is tied to it."""
         return (
@@ -96,7 +102,7 @@ class Loaded:
         owner = module.tied_to or path
         shape = dict(self.tree.by_path[owner].shapes)[name]
         if owner in self.trained:
-            return self.leaf(owner, name, shape, F32, True)
+            return self.leaf(owner, name, shape, self.trained_dtype, True)
         return self.leaf(owner, name, shape, self.dtype, self.spec.method == "full")
 
     def linear(self, path: str) -> Linear:

@@ -63,7 +63,7 @@ class Loading:
     @property
     def stays(self) -> dict[int, tuple[str, str]]:
         """Whose each lasting allocation is: (component, what)."""
-        kind = "fp32" if self.loaded.trained else "LoRA"
+        kind = self.loaded.trained_dtype.value if self.loaded.trained else "LoRA"
         return self._base.stays | dict.fromkeys(self._adapters, ("adapter", kind))
 
     def _add_adapters(self) -> None:
@@ -75,7 +75,7 @@ class Loading:
         for _, shape in _parameters(loaded.tree, loaded.trained):
             self._adapters.append(len(sizes))
             last.append(len(sizes))
-            sizes.append(rounded(prod(shape) * 4))
+            sizes.append(rounded(prod(shape) * loaded.trained_dtype.itemsize))
         for module, outs, ins in _adapted_modules(loaded.tree, loaded.adapted):
             fp32 = casts or loaded.is_quantized(module)
             for size in (rank * ins, rank * outs):

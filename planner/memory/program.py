@@ -78,6 +78,10 @@ def load(spec: RunSpec, model: Model) -> Loaded:
     if load_own is not None:
         loaded: Loaded = load_own(spec, model.tree)
         return loaded
+    if spec.method == "lora" and spec.adapter == "adaption_prompt":
+        from planner.models import adaption_prompt  # loaded for its runs alone
+
+        return adaption_prompt.load(spec, model)
     adapted: frozenset[str] = frozenset()
     if spec.method == "lora":
         adapted = _adapted(model.tree, spec.lora.target_modules)
@@ -123,7 +127,7 @@ def paused_collector() -> Iterator[None]:
 
 def _run(spec: RunSpec, model: Model, recorder: Recorder | None) -> Program:
     optimizer = find_optimizer(spec.optimizer)
-    if recorder is None and may_stretch(model):
+    if recorder is None and may_stretch(model, spec):
         try:
             return _run_few(spec, model, optimizer)
         except NotAlikeError:
@@ -135,8 +139,11 @@ def _run(spec: RunSpec, model: Model, recorder: Recorder | None) -> Program:
     return _program(loaded, optimizer, engine.recorder, work)
 
 
-def may_stretch(model: Model) -> bool:
-    """Whether running a few of the decoder layers tells of all."""
+def may_stretch(model: Model, spec: RunSpec) -> bool:
+    """Whether running a few of the decoder layers tells of all: not where the lowest have no
+    prompts."""
+    if spec.method == "lora" and spec.adapter == "adaption_prompt":
+        return False
     text = model.text
     return text.num_hidden_layers > RUN_LAYERS and len(set(text.layer_types)) == 1
 

@@ -13,6 +13,9 @@ def adapter_words(spec: RunSpec) -> str:
     own = getattr(load_model(spec.model).family, "ADAPTER", None)
     if own is not None:
         return str(own)
+    if spec.adapter == "adaption_prompt":
+        prompt = spec.adaption_prompt
+        return f"LLaMA-Adapter, {prompt.adapter_len} prompts in {prompt.adapter_layers} layers"
     names = spec.lora.target_modules
     targets = names if isinstance(names, str) else ",".join(names)
     return f"LoRA r={spec.lora.rank} on {targets}"

@@ -130,6 +130,21 @@ class Decoder:
     def attention(
         self, prefix: str, mask: Tensor | None, rotary: Rotary, hidden: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        """The attention module, with the prompts of a LLaMA-Adapter where it is wrapped: the output
+        and, of eager attention, the weights."""
+        out, weights = self._attention(prefix, mask, rotary, hidden)
+        if f"{prefix}self_attn" in self.loaded.trained:
+            from planner.models.adaption_prompt import prompted  # loaded for its runs alone
+
+            path = f"{prefix}self_attn."
+            cos, sin = (part.view((1, *part.shape)) for part in rotary)
+            out = prompted(self.t, self.loaded, path, self.g, hidden, out,
+                           lambda q: self._turned(q, cos, sin))  # fmt: skip
+        return out, weights
+
+    def _attention(
+        self, prefix: str, mask: Tensor | None, rotary: Rotary, hidden: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Projections, query-key norm, rotary positions, the attention kernel, o_proj: the output
         and, of eager attention, the weights."""
         t, g, path = self.t, self.g, f"{prefix}self_attn."

@@ -14,7 +14,7 @@ import torch
 import transformers
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -23,7 +23,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from planner.errors import InputError, Problem, nearest_name
 from planner.models.registry import known_names, load_model
 from planner.spec import RunSpec
-from recipes.build import weights_dtype
+from recipes.build import adapter_config, weights_dtype
 
 DTYPES = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
@@ -142,17 +142,8 @@ def adapt(
         empty_cache()  # its auto_clear_cache
     if spec.method == "full":
         return model
-    targets = spec.lora.target_modules
-    settings = LoraConfig(
-        r=spec.lora.rank,
-        lora_alpha=spec.lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=spec.lora.dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )  # fmt: skip
-    with torch.device("meta"), _refused("lora"):
-        return get_peft_model(model, settings)
+    with torch.device("meta"), _refused(spec.adapter):
+        return get_peft_model(model, adapter_config(spec))
 
 
 @contextmanager

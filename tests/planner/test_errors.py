@@ -39,7 +39,7 @@ FLAGS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*LLAMA, "--optimizer", "galore_adamw"), ("optimizer", "'galore_adamw'")),
     ((*LLAMA, "--quantization", "nf5"), ("quantization", "'nf5'", "'nf4'")),
     ((*LLAMA, "--precision", "fp8"), ("precision", "'fp8'", "'bf16'")),
-    ((*LLAMA, "--method", "full"), ("method", "'full'", "nf4")),
+    ((*LLAMA, "--method", "full", "--quantization", "nf4"), ("method", "'full'", "nf4")),
     ((*LLAMA, "--lora-target-modules", "q_prj"), ("target_modules", "'q_prj'", "'q_proj'")),
     ((*LLAMA, "--lora-target-modules", ""), ("target_modules", "''")),
     ((*LLAMA, "--lora-target-modules", "q_proj,,v_proj"), ("target_modules", "q_proj,,v_proj")),

@@ -120,3 +120,10 @@ def test_what_people_write_is_plainly_valid() -> None:
     for wrong in ({"micro_batch_size": 0}, {"micro_batch_size": True}, {"lora": {"rank": 2.0}},
                   {"bogus": 1}, {"quantization": "nf5"}):  # fmt: skip
         assert plainly_valid(RunSpec, {**values, **wrong}) is None
+
+
+def test_a_full_fine_tune_is_not_quantised_unless_it_says_so() -> None:
+    assert spec_from_mapping({"model": "m", "method": "full"}).quantization == "none"
+    assert spec_from_mapping({"model": "m", "method": "lora"}).quantization == "nf4"
+    stated = {"model": "m", "method": "full", "quantization": "nf4"}
+    assert spec_from_mapping(stated).quantization == "nf4"

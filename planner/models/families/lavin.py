@@ -122,8 +122,10 @@ def load(spec: RunSpec, tree: ModelTree) -> Loaded:
     """As `recipes.lavin.build` leaves the model. Raises UnsupportedError for what it refuses."""
     refused = [
         ("method", "'full'", "lora, which trains LaVIN's own adapters", spec.method == "full"),
+        ("adapter", "'adaption_prompt'", "lora, which stands for LaVIN's own",
+         spec.adapter != "lora"),
         ("lora", "LoRA beside LaVIN's adapters", "its own, without any lora setting",
-         spec.method == "lora" and spec.lora != Lora()),
+         spec.lora.__dict__ != Lora.model_construct().__dict__),
         ("quantization", "'int8'", "none, nf4, fp4", spec.quantization == "int8"),
         ("stack", "'lean'", "stock", spec.stack == "lean"),
         ("attention", "'flash_attention_2'", "sdpa, eager: the modality token needs a mask",

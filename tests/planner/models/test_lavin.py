@@ -46,6 +46,7 @@ def test_a_picture_takes_six_tokens_and_more_memory() -> None:
 @pytest.mark.parametrize(("fields", "field"), [
     ({"method": "full", "quantization": "none"}, "method"),
     ({"lora": {"rank": 8}}, "lora"),
+    ({"adapter": "adaption_prompt"}, "adapter"),
     ({"quantization": "int8"}, "quantization"),
     ({"stack": "lean"}, "stack"),
     ({"attention": "flash_attention_2"}, "attention"),
