@@ -27,6 +27,12 @@ def notes(
         told.append(f"{device.label} cannot run flash_attention_2: use sdpa")
     if spec.quantization == "int8" and not device.supports_int8_tensor:
         told.append(f"{device.label} cannot run bitsandbytes int8: use nf4")
+    if spec.optimizer.startswith(("galore", "apollo")):
+        told.append(f"{spec.optimizer}: rank 128 on every linear (optim_target_modules all-linear)")
+    if spec.optimizer.startswith("galore"):
+        told.append("GaLore's decomposition every 200 steps is in the memory, not in the time")
+    if spec.optimizer in ("adamw_torch_4bit", "adamw_torch_8bit"):
+        told.append("torchao updates in a compiled kernel: what it holds meanwhile is not counted")
     if spec.liger:
         told.append("liger is not modelled: these are the figures without it")
     if outside.status != "measured":

@@ -3,17 +3,22 @@
 Sources: torch/optim (adamw.py, _multi_tensor_adam: one foreach square root of every second moment),
 bitsandbytes/optim/optimizer.py (8-bit states above 4,096 elements with an fp32 absmax a block of
 256; paged buffers from 100,000 elements, outside torch's allocator), transformers/optimization.py
-(Adafactor) and trainer.py (embedding tables keep 32-bit states under 8-bit Adam).
+(Adafactor) and trainer.py (embedding tables keep 32-bit states under 8-bit Adam). Those of other
+packages are in planner.memory.packaged and low_rank.
 """
 
-# Annotations stay objects here: named tuples would compile each string at import.
+from __future__ import annotations
+
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.dtypes import F32, UINT8, DType
 from planner.errors import UnsupportedError
 from planner.memory.ops import Engine
 from planner.memory.tensor import Tensor
+
+if TYPE_CHECKING:
+    from planner.memory.loaded import Loaded
 
 MIN_8BIT_ELEMENTS = 4096
 MIN_PAGED_ELEMENTS = 100_000
@@ -24,18 +29,38 @@ _TORCH = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0, "adagrad": 1, "rms
 _BITSANDBYTES = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}
 
 
+# Names that no CUDA card can run, or that transformers itself cannot make, and why.
+REFUSED = {
+    "adamw_torch_xla": "is torch_xla's syncfree AdamW, which runs on XLA devices, on no CUDA card",
+    "adamw_torch_npu_fused": "is torch_npu's NpuFusedAdamW, which runs on Ascend NPUs, on no CUDA "
+    "card",
+    "galore_adafactor_layerwise": "cannot be made by transformers 5.17 (galore_torch: 'Cannot "
+    "combine manual `lr` and `relative_step=True` options')",
+}
+
+
 class State(NamedTuple):
-    """One state tensor of one parameter. `paged`: managed memory, invisible to the allocator."""
+    """One state tensor of one parameter. `paged`: managed memory, invisible to the allocator;
+    `host`: in host memory."""
 
     shape: tuple[Any, ...]
     dtype: DType
     paged: bool = False
+    host: bool = False
 
 
-class Optimizer(NamedTuple):
-    """A named optimizer: its states, and what its step makes for a moment."""
+class Optimizer:
+    """A named optimizer: its states, and what its step makes for a moment.
 
-    name: str
+    in_backward: each parameter is stepped during backward and its gradient dropped; waits: not
+    before the next parameter's gradient is there.
+    """
+
+    in_backward = False
+    waits = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def states(self, leaf: Tensor, is_embedding: bool = False) -> list[State]:
         """State tensors of a parameter."""
@@ -44,18 +69,15 @@ class Optimizer(NamedTuple):
         if self.name in _TORCH:
             states = [State(leaf.shape, leaf.dtype)] * _TORCH[self.name]
             return [*states, State((), F32)] if self.name == "adamw_torch_fused" else states
-        return self._bitsandbytes_states(leaf, is_embedding)
+        return bitsandbytes_states(self.name, leaf.shape, is_embedding)
 
-    def _bitsandbytes_states(self, leaf: Tensor, is_embedding: bool) -> list[State]:
-        size, count = prod(leaf.shape), _BITSANDBYTES[_family(self.name)]
-        eight_bit = self.name.endswith("8bit") and size >= MIN_8BIT_ELEMENTS
-        if eight_bit and is_embedding and "adam" in self.name:
-            eight_bit = False
-        paged = self.name.startswith("paged") and size >= MIN_PAGED_ELEMENTS
-        if not eight_bit:
-            return [State(leaf.shape, F32, paged)] * count
-        blocks = -(-size // BLOCK_ELEMENTS)
-        return [State(leaf.shape, UINT8, paged)] * count + [State((blocks,), F32)] * count
+    def base_states(self, loaded: Loaded) -> list[State]:
+        """States that do not belong to the parameters that get a gradient."""
+        return []
+
+    def leaf_step(self, t: Engine, leaf: Tensor) -> None:
+        """The step of one parameter, where `in_backward`; its gradient goes."""
+        raise NotImplementedError(self.name)
 
     def step(self, t: Engine, leaves: list[Tensor]) -> None:
         """optimizer.step(): temporaries and work."""
@@ -80,15 +102,35 @@ class Optimizer(NamedTuple):
 
 
 def find_optimizer(name: str) -> Optimizer:
-    """The optimizer of that name; UnsupportedError where it needs a package that the reference
-    workload does not have."""
-    if name not in _TORCH and name != "adafactor" and _family(name) not in _BITSANDBYTES:
+    """The optimizer of that name. UnsupportedError, with the reason, where no card can run it."""
+    if name in _TORCH or name == "adafactor" or _family(name) in _BITSANDBYTES:
+        return Optimizer(name)
+    from planner.memory import low_rank, packaged
+
+    rules = {**packaged.RULES, **low_rank.RULES}
+    if name not in rules:
+        why = REFUSED.get(name, "is not modelled")
+        known = [*_TORCH, "adafactor", *rules]
         raise UnsupportedError(
-            f"optimizer: {name!r} needs a package outside the reference workload and is not "
-            "modelled; allowed: adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop "
-            "and the bitsandbytes names (adamw_8bit, paged_adamw_8bit, lion_8bit, ademamix, ...)"
+            f"optimizer: {name!r} {why}; allowed: {', '.join(known)} and the bitsandbytes names "
+            "(adamw_8bit, paged_adamw_8bit, lion_8bit, ademamix, rmsprop_bnb, ...)"
         )
-    return Optimizer(name)
+    return rules[name](name)
+
+
+def bitsandbytes_states(
+    name: str, shape: tuple[Any, ...], is_embedding: bool = False
+) -> list[State]:
+    """States of a parameter of this shape, of bitsandbytes' optimizer of that name."""
+    size, count = prod(shape), _BITSANDBYTES[_family(name)]
+    eight_bit = name.endswith("8bit") and size >= MIN_8BIT_ELEMENTS
+    if eight_bit and is_embedding and "adam" in name:
+        eight_bit = False
+    paged = name.startswith("paged") and size >= MIN_PAGED_ELEMENTS
+    if not eight_bit:
+        return [State(shape, F32, paged)] * count
+    blocks = -(-size // BLOCK_ELEMENTS)
+    return [State(shape, UINT8, paged)] * count + [State((blocks,), F32)] * count
 
 
 def _family(name: str) -> str:
@@ -98,7 +140,7 @@ def _family(name: str) -> str:
     return stem if bitsandbytes and name not in _TORCH_ONLY else ""
 
 
-_TORCH_ONLY = frozenset({"adamw_torch_8bit", "adamw_torch_4bit", "galore_adamw_8bit"})
+_TORCH_ONLY = frozenset({"adamw_torch_8bit", "galore_adamw_8bit"})
 
 
 def _adafactor_states(leaf: Tensor) -> list[State]:

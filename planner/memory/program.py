@@ -17,6 +17,7 @@ from planner.memory.optimizer import Optimizer, State, find_optimizer
 from planner.memory.step import (
     Batch,
     Forward,
+    InBackward,
     StepWork,
     inputs,
     run_micro_batches,
@@ -39,11 +40,13 @@ _TOWERS = ("model.vision_tower.", "model.visual.", "vision.")  # their layers ar
 
 
 class StateBytes(NamedTuple):
-    """Optimizer states: on the device through the allocator, and paged (managed memory)."""
+    """Optimizer states: on the device through the allocator, paged (managed memory), and in host
+    memory."""
 
     device_bytes: int
     paged_bytes: int
     tensors: tuple[int, ...]
+    host_bytes: int = 0
 
 
 class Program(NamedTuple):
@@ -127,6 +130,7 @@ def paused_collector() -> Iterator[None]:
 
 def _run(spec: RunSpec, model: Model, recorder: Recorder | None) -> Program:
     optimizer = find_optimizer(spec.optimizer)
+    check_accumulation(spec, optimizer)
     if recorder is None and may_stretch(model, spec):
         try:
             return _run_few(spec, model, optimizer)
@@ -150,10 +154,10 @@ def may_stretch(model: Model, spec: RunSpec) -> bool:
 
 def _run_few(spec: RunSpec, model: Model, optimizer: Optimizer) -> Program:
     """Run RUN_LAYERS decoder layers and stretch them to all; the optimizer's part on all."""
-    key = _gradients_key(spec)
+    key = _gradients_key(spec, optimizer)
     known = _gradients.get(key)
     if known is None or known.model is not model:
-        known = _run_gradients(spec, model)
+        known = _run_gradients(spec, model, optimizer)
         while len(_gradients) >= KEPT_GRADIENTS:
             del _gradients[next(iter(_gradients))]
     _gradients.pop(key, None)
@@ -191,13 +195,13 @@ KEPT_GRADIENTS = 8  # runs remembered for specs that differ in the optimizer or 
 _gradients: dict[RunSpec, _Gradients] = {}
 
 
-def _gradients_key(spec: RunSpec) -> RunSpec:
+def _gradients_key(spec: RunSpec, optimizer: Optimizer) -> RunSpec:
     """The spec without what forward and backward do not depend on."""
     return spec.model_copy(
         update={
             "device": kernels_device(spec),
             "device_memory": None,
-            "optimizer": "sgd",
+            "optimizer": spec.optimizer if optimizer.in_backward else "sgd",
             "max_grad_norm": 0.0,
             "expandable_segments": False,
             "evaluation_batch_size": 0,
@@ -206,7 +210,7 @@ def _gradients_key(spec: RunSpec) -> RunSpec:
     )
 
 
-def _run_gradients(spec: RunSpec, model: Model) -> _Gradients:
+def _run_gradients(spec: RunSpec, model: Model, optimizer: Optimizer) -> _Gradients:
     layers = model.text.num_hidden_layers
     loaded = load(spec, model)
     loaded.decoder_layers = RUN_LAYERS
@@ -214,8 +218,11 @@ def _run_gradients(spec: RunSpec, model: Model) -> _Gradients:
     engine = engine_for(spec, few)
     few.work = lambda: engine.work.counters()
     batch = make_batch(few, spec, model)
-    work = run_micro_batches(engine, loaded, forward_of(model), batch)
+    hook = InBackward(engine, optimizer) if optimizer.in_backward else None
+    work = run_micro_batches(engine, loaded, forward_of(model), batch, hook)
     few.enter("end")
+    if hook is not None:
+        hook.mark(loaded.leaves.values())
     graded = [leaf for leaf in loaded.leaves.values() if leaf.grad is not None]
     dtypes = {leaf.name: leaf.grad.dtype for leaf in graded}
     for leaf in graded:
@@ -323,9 +330,8 @@ def make_batch(recorder: Recorder, spec: RunSpec, model: Model) -> Batch:
 def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: dict[str, Tensor]) -> StateBytes:
     """Optimizer states of the parameters that get a gradient, by name, in the order they are made:
     Trainer's two groups (norms and biases last, without decay), each in the model's order."""
-    device: list[int] = []
-    paged = 0
-    sizes: dict[int, tuple[list[int], int]] = {}  # of a tensor that layers share
+    device, paged, host = _state_sizes(optimizer.base_states(loaded))
+    sizes: dict[int, tuple[list[int], int, int]] = {}  # of a tensor that layers share
     for name, is_embedding in _in_groups(loaded.tree, tuple(leaves)):
         leaf = leaves[name]
         known = sizes.get(id(leaf))
@@ -333,7 +339,17 @@ def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: dict[str, Tensor])
             known = sizes[id(leaf)] = _state_sizes(optimizer.states(leaf, is_embedding))
         device += known[0]
         paged += known[1]
-    return StateBytes(sum(device), paged, tuple(device))
+        host += known[2]
+    return StateBytes(sum(device), paged, tuple(device), host)
+
+
+def check_accumulation(spec: RunSpec, optimizer: Optimizer) -> None:
+    """Trainer refuses to accumulate where a gradient is used at once (trainer_optimizer.py)."""
+    if spec.optimizer.endswith("_layerwise") and spec.gradient_accumulation_steps > 1:
+        message = f"cannot be accumulated: {optimizer.name} uses each gradient at once"
+        raise InputError(
+            Problem("gradient_accumulation_steps", message, spec.gradient_accumulation_steps, "1")
+        )
 
 
 @lru_cache(maxsize=16)
@@ -351,17 +367,19 @@ def _in_groups(tree: ModelTree, names: tuple[str, ...]) -> list[tuple[str, bool]
     return [(name, is_embedding) for _, _, name, is_embedding in sorted(keys)]
 
 
-def _state_sizes(states: list[State]) -> tuple[list[int], int]:
-    """Bytes of the states on the device, and of the paged ones in all."""
-    paged = 0
+def _state_sizes(states: list[State]) -> tuple[list[int], int, int]:
+    """Bytes of each state on the device, and of the paged and the host's in all."""
+    paged = host = 0
     device = []
     for state in states:
         nbytes = rounded(max(_elements(state.shape), 1) * state.dtype.itemsize)
         if state.paged:
             paged += nbytes
+        elif state.host:
+            host += nbytes
         else:
             device.append(nbytes)
-    return device, paged
+    return device, paged, host
 
 
 def _elements(shape: tuple[Any, ...]) -> int:

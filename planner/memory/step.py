@@ -6,11 +6,11 @@ second one: optimizer states exist, gradients are None at its start.
 """
 
 # Annotations stay objects here: named tuples would compile each string at import.
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, NamedTuple
 
-from planner.dtypes import F32, INT64
+from planner.dtypes import F32, INT64, DType
 from planner.memory.loaded import COMPUTE, Loaded
 from planner.memory.ops import Engine
 from planner.memory.optimizer import Optimizer
@@ -39,6 +39,41 @@ class StepWork(NamedTuple):
     optimizer: Work
 
 
+class InBackward:
+    """Steps parameters as their gradients come, for an optimizer that does. `stepped`: those with
+    a gradient, by name, with its dtype."""
+
+    def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
+        self.engine = engine
+        self.optimizer = optimizer
+        self.waiting: Tensor | None = None
+        self.stepped: dict[str, DType] = {}
+        engine.on_leaf_gradient = self._came
+
+    def _came(self, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        self.stepped[leaf.name] = leaf.grad.dtype
+        if not self.optimizer.waits:
+            self.optimizer.leaf_step(self.engine, leaf)
+            return
+        before, self.waiting = self.waiting, leaf
+        if before is not None:
+            self.optimizer.leaf_step(self.engine, before)
+
+    def finish(self) -> None:
+        """After backward: the last parameter's step."""
+        last, self.waiting = self.waiting, None
+        if last is not None:
+            self.optimizer.leaf_step(self.engine, last)
+
+    def mark(self, leaves: Iterable[Tensor]) -> None:
+        """Leaves that had a gradient show one again, for what counts them afterwards."""
+        self.engine.on_leaf_gradient = None
+        for leaf in leaves:
+            if leaf.name in self.stepped:
+                leaf.grad = Tensor(None, leaf.shape, self.stepped[leaf.name])
+
+
 def run_step(
     engine: Engine, loaded: Loaded, forward: Forward, batch: Batch, optimizer: Optimizer
 ) -> StepWork:
@@ -46,11 +81,17 @@ def run_step(
 
     With accumulation a second micro batch is run: it meets the gradients of the first.
     """
-    micro_batch = run_micro_batches(engine, loaded, forward, batch)
+    hook = InBackward(engine, optimizer) if optimizer.in_backward else None
+    micro_batch = run_micro_batches(engine, loaded, forward, batch, hook)
+    if hook is not None:
+        hook.mark(loaded.leaves.values())
     return StepWork(micro_batch, run_optimizer(engine, loaded, optimizer))
 
 
-def run_micro_batches(engine: Engine, loaded: Loaded, forward: Forward, batch: Batch) -> Work:
+def run_micro_batches(
+    engine: Engine, loaded: Loaded, forward: Forward, batch: Batch,
+    hook: InBackward | None = None,
+) -> Work:  # fmt: skip
     """Forward, loss and backward; returns the work of the last micro batch."""
     recorder = engine.recorder
     for _ in range(min(loaded.spec.gradient_accumulation_steps, 2)):
@@ -60,6 +101,8 @@ def run_micro_batches(engine: Engine, loaded: Loaded, forward: Forward, batch: B
         recorder.enter("backward")
         engine.backward(loss)
         recorder.mark(("graph", -1))
+        if hook is not None:
+            hook.finish()
         recorder.module = ""
         del loss
     return engine.work
@@ -70,9 +113,11 @@ def run_optimizer(engine: Engine, loaded: Loaded, optimizer: Optimizer) -> Work:
     recorder = engine.recorder
     engine.work = Work()
     recorder.enter("clipping")
-    clip(engine, loaded)
+    if not optimizer.in_backward:  # else the gradients are gone
+        clip(engine, loaded)
     recorder.enter("optimizer step")
-    optimizer.step(engine, [leaf for leaf in loaded.leaves.values() if leaf.grad is not None])
+    if not optimizer.in_backward:
+        optimizer.step(engine, [leaf for leaf in loaded.leaves.values() if leaf.grad is not None])
     recorder.enter("end")
     return engine.work
 

@@ -36,7 +36,7 @@ FLAGS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*LLAMA, "--memory", "1e400GiB"), ("device_memory", "'1e400GiB'")),
     ((*LLAMA, "--memory", "1e25GiB"), ("device_memory", "1125899906842624")),
     ((*LLAMA, "--optimizer", "adamw_torhc"), ("optimizer", "'adamw_torhc'", "'adamw_torch'")),
-    ((*LLAMA, "--optimizer", "galore_adamw"), ("optimizer", "'galore_adamw'")),
+    ((*LLAMA, "--optimizer", "adamw_torch_xla"), ("optimizer", "'adamw_torch_xla'", "XLA devices")),
     ((*LLAMA, "--quantization", "nf5"), ("quantization", "'nf5'", "'nf4'")),
     ((*LLAMA, "--precision", "fp8"), ("precision", "'fp8'", "'bf16'")),
     ((*LLAMA, "--method", "full", "--quantization", "nf4"), ("method", "'full'", "nf4")),

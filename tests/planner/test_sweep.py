@@ -33,7 +33,7 @@ AXES: dict[str, list[Any]] = {
     "gradient_accumulation_steps": [1, 2, 5],
     "gradient_checkpointing": [False, True],
     "quantization": ["none", "nf4", "int8"],
-    "optimizer": ["adamw_torch", "paged_adamw_8bit", "galore_adamw"],
+    "optimizer": ["adamw_torch", "paged_adamw_8bit", "galore_adamw", "adamw_torch_xla"],
     "device": ["rtx-3090", "h200", "t4"],
     "expandable_segments": [False, True],
     "evaluation_batch_size": [0, 2],
