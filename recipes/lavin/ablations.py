@@ -155,7 +155,8 @@ def markdown(rows: list[Row], steps: int) -> str:
         f"knows pictures; {steps} steps of 32 questions in ScienceQA's layout; "
         f"{some['AVG'].total} held-out questions, {some['TXT'].total} with a text context and "
         f"{some['IMG'].total} with a picture. The projector and the modality token train in every "
-        "row; method rows keep the vision tower's adapters, LoRA has rank 8. A difference whose p is above 0.05 is "
+        "row; method rows keep the vision tower's adapters, LoRA has rank 8. A difference whose p "
+        "is above 0.05 is "
         "none that this table shows; nothing here says what a 7B would do.", "",
         "| group | variant | trained | text | picture | all (95 %) | p | last loss |",
         "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: |",
