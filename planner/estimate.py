@@ -4,7 +4,9 @@
 from typing import Any, Literal, NamedTuple
 
 from planner.devices import Device, any_card, find_device, local_device
+from planner.dtypes import DType
 from planner.errors import InputError, Problem
+from planner.host import HostMemory, HostNeeds, host_memory, largest_parameters
 from planner.interval import Interval, requirement_interval
 from planner.memory.loading import adapter_parameters
 from planner.memory.program import Program, evaluation_peak, run
@@ -19,7 +21,7 @@ from planner.non_torch import NonTorch, non_torch
 from planner.notes import notes
 from planner.spec import RunSpec, plain_values
 from planner.throughput.model import StepTime, step_time
-from planner.verdict import Verdict, verdict
+from planner.verdict import Verdict, verdict, worst
 
 Basis = Literal["measured", "calibrated", "traced", "analytic"]
 MOST_TOKENS = 1 << 31  # of one forward: beyond any machine, and where 32-bit indices end
@@ -39,7 +41,9 @@ class Estimate(NamedTuple):
     resident_bytes: allocated after loading and adapter set-up, before the first step;
     peak_allocated_bytes: of training steps; allocator_required_bytes: the smallest cap on torch's
     caching allocator under which the run (loading, training, evaluation) completes;
-    device_required_bytes: that plus non_torch_bytes, compared with device_total_bytes.
+    device_required_bytes: that plus non_torch_bytes, compared with device_total_bytes;
+    host_bytes: of host memory, at least host_low_bytes, compared with host_total_bytes where that
+    is known. verdict: the worse of device_verdict and host_verdict.
     """
 
     verdict: Verdict
@@ -53,6 +57,11 @@ class Estimate(NamedTuple):
     peak_instant: str
     eval_peak_bytes: int | None
     host_bytes: int
+    host_low_bytes: int
+    host_total_bytes: int | None
+    host_verdict: Verdict | None
+    host_terms: tuple[Term, ...]
+    device_verdict: Verdict
     allocator_required_bytes: int
     allocator_required_interval_bytes: tuple[int, int]
     non_torch_bytes: int
@@ -80,6 +89,7 @@ class Estimate(NamedTuple):
         values["parameters"] = self.parameters._asdict()
         values["time"] = self.time._asdict()
         values["terms"] = [term.as_dict() for term in self.terms]
+        values["host_terms"] = [term.as_dict() for term in self.host_terms]
         values["spec"] = plain_values(self.spec)
         return values
 
@@ -116,9 +126,15 @@ class Fit(NamedTuple):
     low_bytes: int
     high_bytes: int
     total_bytes: int
-    verdict: Verdict
+    device_verdict: Verdict
+    host: HostMemory
     speed: StepTime
     tokens_per_second: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worse of the card's and the host's."""
+        return worst(self.device_verdict, self.host.verdict)
 
 
 def requirement(spec: RunSpec, model: Model, program: Program, workspace_bytes: int) -> Requirement:
@@ -145,8 +161,29 @@ def fit_on(spec: RunSpec, device: Device, program: Program, needed: Requirement)
     speed = step_time(spec, device, program.work)
     tokens = spec.micro_batch_size * spec.sequence_length * spec.gradient_accumulation_steps
     return Fit(
-        outside, low, high, total, verdict(low, high, total), speed, tokens / speed.step_s
+        outside, low, high, total, verdict(low, high, total), host_of(spec, device, program),
+        speed, tokens / speed.step_s,
     )  # fmt: skip
+
+
+def host_of(spec: RunSpec, device: Device, program: Program) -> HostMemory:
+    """Host memory of a program already run."""
+    tree, states = program.loaded.tree, program.states
+    trained = trainable_parameters(program)
+    itemsize = DType(spec.weights_dtype).itemsize if spec.method == "full" else 4  # adapters: fp32
+    needs = HostNeeds(
+        states.host_bytes, states.paged_bytes, inputs_bytes(program), trained * itemsize,
+        largest_parameters(tree),
+    )  # fmt: skip
+    return host_memory(spec, device, needs)
+
+
+def inputs_bytes(program: Program) -> int:
+    """Bytes of one batch, as it goes to the card."""
+    recorder = program.recorder
+    forward = next(i.start for i in recorder.instants if i.name == "forward")
+    made = [recorder.blocks[index] for index in recorder.events[:forward] if index >= 0]
+    return sum(block.nbytes for block in made if block.category == "inputs")
 
 
 def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> Estimate:
@@ -169,7 +206,12 @@ def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> E
         peak_reserved_bytes=needed.peak_reserved_bytes,
         peak_instant=program.peak.name,
         eval_peak_bytes=needed.eval_peak_bytes,
-        host_bytes=host_bytes(program),
+        host_bytes=fit.host.bytes,
+        host_low_bytes=fit.host.low_bytes,
+        host_total_bytes=fit.host.total_bytes,
+        host_verdict=fit.host.verdict,
+        host_terms=fit.host.terms,
+        device_verdict=fit.device_verdict,
         allocator_required_bytes=needed.required_bytes,
         allocator_required_interval_bytes=(interval.low_bytes, interval.high_bytes),
         non_torch_bytes=fit.outside.bytes,
@@ -230,16 +272,6 @@ def trainable_parameters(program: Program) -> int:
     if program.loaded.spec.method == "full":
         return program.loaded.tree.total_parameters
     return adapter_parameters(program.loaded)
-
-
-def host_bytes(program: Program) -> int:
-    """Host memory for loading."""
-    return host_bytes_of(program.loaded.tree.total_parameters)
-
-
-def host_bytes_of(total_parameters: int) -> int:
-    """One shard at a time is mapped, about 5 GB of a checkpoint."""
-    return min(total_parameters * 2, 5 * 10**9)
 
 
 def device_of(spec: RunSpec) -> Device:

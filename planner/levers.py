@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import VramwiseError
-from planner.estimate import Estimate, check, device_of, fit_on, requirement
+from planner.estimate import Estimate, check, device_of, fit_on, host_of, requirement
 from planner.memory.program import Program, run
 from planner.memory.workspace import HANDLES_TRAINING, cublas_workspace_bytes
 from planner.models.registry import load_model
 from planner.non_torch import non_torch
 from planner.spec import RunSpec
 from planner.throughput.model import step_time
-from planner.verdict import Verdict
+from planner.verdict import Verdict, worst
 
 SAME, ROUNDS, DIFFERENT, PROVISIONAL = (
     "", "other rounding", "changes what is learned", "provisional figures",
@@ -140,6 +140,7 @@ def _outline(answer: Estimate, change: Change) -> _Outline:
     best: Verdict = (
         "fits" if live + outside.high_bytes <= answer.device_total_bytes else "does_not_fit"
     )
+    best = worst(best, host_of(spec, device, program).verdict)
     saved = answer.peak_allocated_bytes + answer.paged_bytes - live - program.states.paged_bytes
     slower = answer.tokens_per_second / (tokens / seconds) - 1
     return _Outline(change, spec, program, saved, slower, best)
@@ -183,7 +184,10 @@ def _may_precede(answer: Estimate, outline: _Outline, last: Lever) -> bool:
 
 
 def _is_useful(answer: Estimate, lever: Lever | _Outline, verdict: Verdict) -> bool:
-    """Saves a hundredth of the requirement; or, where there is room, time."""
+    """Saves a hundredth of the requirement; or, where there is room, time; or turns the verdict,
+    where the machine's own memory decides it."""
+    if answer.verdict != answer.device_verdict:  # the host decides
+        return _RANK[verdict] < _RANK[answer.verdict]
     saves = lever.saved_bytes > answer.device_required_bytes // 100
     if answer.verdict != "fits":
         return saves

@@ -142,6 +142,9 @@ class RunSpec(Section):
     device_memory: Annotated[
         Annotated[int, Field(ge=1 << 24, le=1 << 50)] | None, BeforeValidator(_as_bytes)
     ] = None
+    host_memory: Annotated[
+        Annotated[int, Field(ge=1 << 24, le=1 << 50)] | None, BeforeValidator(_as_bytes)
+    ] = None
     stack: Literal["stock", "lean"] = "stock"
     method: Literal["lora", "full"] = "lora"
     quantization: Literal["none", "nf4", "fp4", "int8"] = "nf4"

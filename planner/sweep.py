@@ -27,7 +27,8 @@ from planner.sweep_fast import NEAR, VERDICTS, CardColumns, Sizes, on_card, run_
 from planner.sweep_grid import Axis, Grid
 
 SIZES = ("micro_batch_size", "sequence_length")
-CARDS = ("gradient_accumulation_steps", "device", "device_memory")  # share a run of the step
+# share a run of the step
+CARDS = ("gradient_accumulation_steps", "device", "device_memory", "host_memory")
 ALWAYS_EXACT = 400  # a grid of so few runs is answered by `fit` throughout
 EXACT_NEAR_BOUNDARIES = 200  # else so many rows near a boundary are
 _KEPT = 8  # runs that `evaluate` remembers
@@ -149,7 +150,8 @@ class _Group:
         try:
             model = load_model(self.spec.model)
             possible = [i for i, pair in enumerate(pairs) if self._possible(model, pair)]
-            if not possible or self.spec.evaluation_batch_size or self.spec.stack != "stock":
+            own = self.spec.evaluation_batch_size or self.spec.host_memory
+            if not possible or own or self.spec.stack != "stock":
                 return None
             sizes = run_sizes(spec, model, [pairs[i] for i in possible])
         except VramwiseError:
@@ -235,6 +237,7 @@ def _program_key(spec: RunSpec) -> RunSpec:
         update={
             "device": kernels_device(spec),
             "device_memory": None,
+            "host_memory": None,
             "gradient_accumulation_steps": min(spec.gradient_accumulation_steps, 2),
             "schedule": RunSpec.model_fields["schedule"].default,
         }

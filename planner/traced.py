@@ -12,14 +12,16 @@ from importlib.resources import files
 from typing import Any
 
 from planner.devices import Device
-from planner.estimate import Estimate, Parameters, host_bytes_of
+from planner.dtypes import DType
+from planner.estimate import Estimate, Parameters
+from planner.host import HostNeeds, host_memory
 from planner.interval import Interval
 from planner.memory.step import StepWork
 from planner.memory.terms import Term
 from planner.non_torch import non_torch
 from planner.spec import RunSpec
 from planner.throughput.model import step_time
-from planner.verdict import verdict
+from planner.verdict import verdict, worst
 
 UNKNOWN_FAMILY_WIDENING = 2.0  # families and stacks without a record: the band, times this
 
@@ -59,8 +61,14 @@ def traced_estimate(spec: RunSpec, device: Device, model_id: str, traced: Traced
     speed = step_time(spec, device, traced.work)
     count, work = spec.gradient_accumulation_steps, traced.work
     tokens = spec.micro_batch_size * spec.sequence_length * count
+    trained = traced.parameters.trainable
+    itemsize = DType(spec.weights_dtype).itemsize if spec.method == "full" else 4
+    # The trace keeps no list of parameters: what loading converts is left out.
+    needs = HostNeeds(0, traced.paged_bytes, 0, trained * itemsize, ())
+    host = host_memory(spec, device, needs)
+    fitting = verdict(low, high, total)
     return Estimate(
-        verdict=verdict(low, high, total),
+        verdict=worst(fitting, host.verdict),
         model=model_id,
         device=device.label,
         parameters=traced.parameters,
@@ -70,7 +78,12 @@ def traced_estimate(spec: RunSpec, device: Device, model_id: str, traced: Traced
         peak_reserved_bytes=traced.peak_reserved_bytes,
         peak_instant=traced.peak_instant,
         eval_peak_bytes=traced.eval_peak_bytes,
-        host_bytes=host_bytes_of(traced.parameters.total),
+        host_bytes=host.bytes,
+        host_low_bytes=host.low_bytes,
+        host_total_bytes=host.total_bytes,
+        host_verdict=host.verdict,
+        host_terms=host.terms,
+        device_verdict=fitting,
         allocator_required_bytes=traced.required_bytes,
         allocator_required_interval_bytes=(band.low_bytes, band.high_bytes),
         non_torch_bytes=outside.bytes,

@@ -103,8 +103,8 @@ def _novelty(point: Point, seen: Counter[Any]) -> float:
 
 
 def _features(point: Point) -> dict[Any, float]:
-    values = point.spec.model_dump(mode="json", exclude={"schedule", "versions", "device",
-                                                         "device_memory"})  # fmt: skip
+    apart = {"schedule", "versions", "device", "device_memory", "host_memory"}
+    values = point.spec.model_dump(mode="json", exclude=apart)
     lora = values.pop("lora")
     flat = {**values, **{f"lora.{k}": str(v) for k, v in lora.items()}}
     if point.spec.method == "full":

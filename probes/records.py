@@ -165,7 +165,8 @@ class Record(_Frozen):
 def probe_key(spec: RunSpec, options: Options) -> str:
     """16 hex digits that name a probe: the spec (its device and schedule length apart, which move
     neither bytes nor seconds of a step) and how it is run."""
-    values = spec.model_dump(mode="json", exclude={"device", "device_memory", "schedule"})
+    apart = {"device", "device_memory", "host_memory", "schedule"}
+    values = spec.model_dump(mode="json", exclude=apart)
     values["options"] = options.model_dump(mode="json")
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

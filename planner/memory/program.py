@@ -201,6 +201,7 @@ def _gradients_key(spec: RunSpec, optimizer: Optimizer) -> RunSpec:
         update={
             "device": kernels_device(spec),
             "device_memory": None,
+            "host_memory": None,
             "optimizer": spec.optimizer if optimizer.in_backward else "sgd",
             "max_grad_norm": 0.0,
             "expandable_segments": False,

@@ -43,6 +43,8 @@ def verdict_sentence(answer: Estimate) -> str:
         format_gib(answer.device_total_bytes, 1),
         format_gib(answer.device_required_bytes, 1),
     )
+    if answer.verdict != answer.device_verdict:
+        return _host_sentence(answer)
     if answer.verdict == "fits":
         return (f"Yes, it fits: needs about {_gib(answer.device_required_bytes)} of {total} on the "
                 f"{answer.device}, {format_gib(answer.headroom_bytes, 1)} to spare.")  # fmt: skip
@@ -52,6 +54,18 @@ def verdict_sentence(answer: Estimate) -> str:
                 "of memory.")  # fmt: skip
     return (f"No, it does not fit: needs about {needs} (at least {format_gib(low, 1)}), and the "
             f"{answer.device} has {total}.")  # fmt: skip
+
+
+def _host_sentence(answer: Estimate) -> str:
+    """The first line where the machine's own memory decides."""
+    needs, has = format_gib(answer.host_bytes, 1), format_gib(answer.host_total_bytes or 0, 1)
+    if answer.verdict == "tight":
+        return (f"Tight: the {answer.device} has room, but the machine's own memory may run out: "
+                f"needs between {_gib(answer.host_low_bytes)} and {needs} of {has}.")  # fmt: skip
+    room = "has room" if answer.device_verdict == "fits" else "may have room"
+    least = format_gib(answer.host_low_bytes, 1)
+    return (f"No, it does not fit: the {answer.device} {room}, but the machine's own memory does "
+            f"not: needs at least {least}, and has {has}.")  # fmt: skip
 
 
 def memory_lines(answer: Estimate) -> list[Line]:
@@ -146,10 +160,20 @@ def _moment_lines(answer: Estimate) -> list[Line]:
     if answer.eval_peak_bytes is not None:
         loading += f", evaluation {_gib(answer.eval_peak_bytes, 2)}"
     lines = [Line("Through the run (allocated, GiB)", "head"), Line(f"  {loading}, {moments}")]
+    lines.append(Line(f"  {_host_line(answer)}"))
     if answer.paged_bytes:
         paged = format_gib(answer.paged_bytes)
         lines.append(Line(f"  and {paged} of optimizer states in paged (managed) memory"))
     return [*lines, Line()]
+
+
+def _host_line(answer: Estimate) -> str:
+    largest = max(answer.host_terms, key=lambda term: term.bytes)
+    of = "; --host-memory has it judged"
+    if answer.host_total_bytes is not None:
+        of = f", of {format_gib(answer.host_total_bytes)}"
+    return (f"host memory: up to {format_gib(answer.host_bytes)}, most of it the {largest.name}"
+            f"{of}")  # fmt: skip
 
 
 def _time_lines(answer: Estimate, price_per_hour: float | None) -> list[Line]:
