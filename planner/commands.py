@@ -38,6 +38,7 @@ COMMANDS = (
     Command(
         "ladder", "one lever a row: what each change saves", "planner.verbs.ladder:run", brief=True
     ),
+    Command("seeds", "two write-ups, every claim with its verdict", "planner.verbs.seeds:run"),
     Command("calibrate", "learn this card from your own records", "planner.verbs.calibrate:run"),
     Command("probe", "measure (or --dry: trace) a real step", "probes.cli:run", "train"),
     Command(

@@ -75,4 +75,4 @@ def seed_caption(spec: RunSpec) -> str:
 def seed_notes(rungs: Iterable[SeedRung]) -> str:
     """Why prediction and published figure differ, a line a rung."""
     lines = [f"- {rung.name}: {rung.why}\n" for rung in rungs]
-    return "\nWhy they differ:\n\n" + "".join(lines)
+    return "\nWhy they differ:\n\n" + "".join(lines) + "\nMade by `vramwise ladder MODEL`.\n"

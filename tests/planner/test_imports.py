@@ -31,6 +31,8 @@ def _loaded(*arguments: str) -> set[str]:
     ("gpus", "{model}"),
     ("explain", "{model}", "--gpu", "rtx-3090"),
     ("models",),
+    ("ladder", "lavin-7b"),
+    ("seeds", "--json"),
     ("table", "{model}", "--gpus", "rtx-3090"),
     ("--help",),
 ])  # fmt: skip
