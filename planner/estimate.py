@@ -1,15 +1,18 @@
 """The answer: a run spec and a card become bytes at each instant, seconds, and a verdict."""
 
 # Annotations stay objects here: named tuples would compile each string at import.
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from planner.devices import Device, any_card, find_device, local_device
 from planner.dtypes import DType
-from planner.errors import InputError, Problem
+from planner.errors import InputError, Problem, VramwiseError
 from planner.host import HostMemory, HostNeeds, host_memory, largest_parameters
 from planner.interval import Interval, requirement_interval
 from planner.memory.loading import adapter_parameters
-from planner.memory.program import Program, evaluation_peak, run
+from planner.memory.optimizer import find_optimizer
+from planner.memory.program import Program, evaluation_peak, load, run
 from planner.memory.requirement import reserve
 from planner.memory.terms import Term, live_terms, static_terms
 from planner.memory.workspace import (
@@ -96,11 +99,47 @@ class Estimate(NamedTuple):
 
 def estimate(spec: RunSpec) -> Estimate:
     """Answer a run spec. Raises InputError or UnsupportedError; never guesses."""
-    model = load_model(spec.model)
-    device = device_of(spec)
-    check(spec, model)
+    model, device = resolve(spec)
     program = run(spec, model)
     return assemble(spec, model, device, program)
+
+
+def resolve(spec: RunSpec) -> tuple[Model, Device]:
+    """The spec's model and card. What is wrong with either, with the optimizer, or with what is
+    asked of the model, is told at once."""
+    errors: list[VramwiseError] = []
+    model = _noting(errors, partial(load_model, spec.model))
+    device = _noting(errors, partial(device_of, spec))
+    _noting(errors, partial(find_optimizer, spec.optimizer))
+    if model is not None:
+        _noting(errors, partial(check, spec, model))
+        _noting(errors, partial(load, spec, model))
+    if model is None or device is None or errors:
+        raise (
+            errors[0]
+            if len(errors) == 1
+            else InputError(problem for error in errors for problem in _problems(error))
+        )
+    return model, device
+
+
+T = TypeVar("T")
+
+
+def _noting(errors: list[VramwiseError], find: Callable[[], T]) -> T | None:
+    """What `find` finds; where it raises, None, and the error is noted."""
+    try:
+        return find()
+    except VramwiseError as error:
+        errors.append(error)
+    return None
+
+
+def _problems(error: VramwiseError) -> Iterable[Problem]:
+    if isinstance(error, InputError):
+        return error.problems
+    field, _, message = str(error).partition(": ")
+    return (Problem(field, message),)
 
 
 class Requirement(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from planner.devices import Device
 from planner.errors import VramwiseError
-from planner.estimate import Requirement, check, device_of, fit_on, requirement
+from planner.estimate import Requirement, check, device_of, fit_on, requirement, resolve
 from planner.levers import apply
 from planner.memory.program import Program, run
 from planner.memory.target import kernels_device
@@ -150,7 +150,8 @@ class _Group:
         try:
             model = load_model(self.spec.model)
             possible = [i for i, pair in enumerate(pairs) if self._possible(model, pair)]
-            own = self.spec.evaluation_batch_size or self.spec.host_memory
+            host = self.spec.host_memory or any(a.name == "host_memory" for a in self.cards)
+            own = self.spec.evaluation_batch_size or host
             if not possible or own or self.spec.stack != "stock":
                 return None
             sizes = run_sizes(spec, model, [pairs[i] for i in possible])
@@ -215,7 +216,7 @@ def _row(values: tuple[Any, ...], spec: RunSpec, cache: dict[RunSpec, _Needs | s
     if needs is None:
         needs = cache[key] = _needs(key)
     if isinstance(needs, str):
-        return Row(values, IMPOSSIBLE, needs)
+        return Row(values, IMPOSSIBLE, _reason(spec, needs))
     try:
         device = device_of(spec)
     except VramwiseError as error:
@@ -229,6 +230,15 @@ def _row(values: tuple[Any, ...], spec: RunSpec, cache: dict[RunSpec, _Needs | s
         fit.high_bytes, fit.total_bytes, fit.speed.step_s, fit.tokens_per_second,
         needed.interval.basis,
     )  # fmt: skip
+
+
+def _reason(spec: RunSpec, otherwise: str) -> str:
+    """All that `fit` would tell; `otherwise` where it finds nothing before the step is run."""
+    try:
+        resolve(spec)
+    except VramwiseError as error:
+        return str(error)
+    return otherwise
 
 
 def _program_key(spec: RunSpec) -> RunSpec:

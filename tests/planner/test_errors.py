@@ -180,3 +180,18 @@ def test_bad_input_of_the_installed_command_ends_with_2_and_no_traceback() -> No
     assert result.stderr.splitlines() == [
         "error: micro_batch_size: input should be greater than or equal to 1 (got 0)"
     ]
+
+
+def test_wrong_names_of_every_kind_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["fit", "facebook/chamelon-7b", "--gpu", "rtx-3091", "--optimizer",
+                 "adamw_torch_xla"])  # fmt: skip
+    told = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert [line.split(":")[1].strip() for line in told] == ["model", "device", "optimizer"]
+    code = main(["fit", "facebook/chameleon-7b", "--gpu", "rtx-3091", "--lora-target-modules",
+                 "q_prj", "--images-per-sample", "9"])  # fmt: skip
+    told = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert [line.split(":")[1].strip() for line in told] == [
+        "device", "images_per_sample", "lora.target_modules",
+    ]  # fmt: skip

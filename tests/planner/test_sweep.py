@@ -16,7 +16,8 @@ from planner.errors import InputError, VramwiseError
 from planner.estimate import estimate
 from planner.levers import apply
 from planner.sweep import IMPOSSIBLE, Row, evaluate, evaluate_grid
-from planner.sweep_grid import Grid, grid_from_mapping
+from planner.sweep_grid import Axis, Grid, grid_from_mapping
+from tests.planner.tiny import tiny_spec
 
 FIGURES = {
     "resident_bytes": "resident_bytes", "peak_allocated_bytes": "peak_allocated_bytes",
@@ -179,3 +180,13 @@ def test_grid_that_is_too_large_is_refused(tiny: str) -> None:
     lists = {"micro_batch_size": list(range(1, 5001)), "sequence_length": list(range(1, 5001))}
     with pytest.raises(InputError, match="too many combinations"):
         grid_from_mapping({"model": tiny, "device": "rtx-3090", "grid": lists})
+
+
+def test_host_memory_on_an_axis_of_a_large_grid_is_judged(tiny: str) -> None:
+    grid = Grid(tiny_spec(tiny), (
+        Axis("micro_batch_size", tuple(range(1, 22))),
+        Axis("sequence_length", tuple(range(16, 56, 2))),
+        Axis("host_memory", (1 << 30, 64 << 30)),
+    ))  # fmt: skip
+    verdicts = {row.values[2]: row.verdict for row in evaluate_grid(grid)}
+    assert verdicts == {1 << 30: "does_not_fit", 64 << 30: "fits"}
