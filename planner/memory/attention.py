@@ -91,14 +91,14 @@ def flash(t: Engine, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Te
         t.count_matmul(flops * 5 // 2, 3 * traffic, dtype)
         t.count(8 * batch * heads * length * dim, 3)
         per_head = 2 * (batch * heads * keys * dim,) if kv_heads != heads else ()
-        held = _flash_buffers(t, batch * heads, length, dim, [(n, dtype) for n in per_head])
+        held = flash_buffers(t, batch * heads, length, dim, [(n, dtype) for n in per_head])
         del held
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
     return t.record(out, (q, k, v), (q, k, v, out, lse, seed, seed), backward)
 
 
-def _flash_buffers(
+def flash_buffers(
     t: Engine, rows: Any, length: Any, dim: int, expanded: list[tuple[Any, DType]]
 ) -> list[Tensor]:
     """A float for each position of `rows` sequences and an fp32 accumulator of dq, both of lengths
@@ -137,7 +137,7 @@ def flash_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Ten
     def backward(g: Tensor) -> tuple[Tensor | None, ...]:
         t.count_matmul(flops * 5 // 2, 3 * traffic, dtype)
         t.count(3 * grad_bytes(g), 4 * pieces)
-        held = _flash_buffers(t, heads, length, dim, [])
+        held = flash_buffers(t, heads, length, dim, [])
         del held
         if source is not dtype:  # each piece's gradients are cast as they come
             piece = (3, heads, length, dim)

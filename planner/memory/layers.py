@@ -134,6 +134,14 @@ def _dequantize(t: Engine, state: Linear, dtype: DType, op: str) -> Tensor:
     return t.new((state.out_features, state.in_features), dtype, op)
 
 
+def dequantized(t: Engine, state: Linear, dtype: DType) -> Tensor:
+    """bitsandbytes.functional.dequantize_4bit: the absmax first, where it is quantised too."""
+    absmax = _absmax(t, state, 1)
+    weight = _dequantize(t, state, dtype, "dequantize")
+    del absmax
+    return weight
+
+
 def _matmul_4bit(t: Engine, state: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
     """MatMul4Bit (bitsandbytes/autograd/_functions.py): keeps the packed weight only; the weight
     is dequantised for the product in both directions.

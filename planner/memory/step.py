@@ -125,7 +125,8 @@ def run_optimizer(engine: Engine, loaded: Loaded, optimizer: Optimizer) -> Work:
 def stock_loss(engine: Engine, loaded: Loaded, forward: Forward, batch: Batch) -> Tensor:
     """compute_loss: the wrapped forward under autocast, its outputs turned to fp32, the loss."""
     precision = loaded.spec.precision
-    autocast = None if precision == "fp32" else COMPUTE[precision]
+    plain = precision == "fp32" or loaded.spec.stack == "lean"  # lean computes in 16-bit weights
+    autocast = None if plain else COMPUTE[precision]
     with engine.autocast(autocast):
         loss: Tensor
         loss, *outputs = forward(engine, loaded, batch)

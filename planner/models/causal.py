@@ -64,7 +64,7 @@ class CausalLM:
 
     def forward(
         self, t: Engine, loaded: Loaded, geometry: DecoderGeometry, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """`...ForCausalLM.forward`: (loss, logits)."""
         decoder = Decoder(t, loaded, geometry, "model.")
         embeds = decoder.embed(batch.ids)

@@ -45,7 +45,8 @@ class Decoder:
             out = vocabulary.embedding(self.t, self.loaded.parameter(path), ids)
             if self.g.embedding_scale:
                 out = self.t.scale(out)
-        if self.loaded.spec.gradient_checkpointing and not out.requires_grad:
+        spec = self.loaded.spec
+        if spec.gradient_checkpointing and spec.stack == "stock" and not out.requires_grad:
             out.requires_grad = self.t.grad_enabled
         return out
 
@@ -59,11 +60,14 @@ class Decoder:
             rotary = {kind: self._positions(hidden) for kind in dict.fromkeys(kinds)}
         else:
             rotary = dict.fromkeys(kinds, self._positions(hidden))
+        lean = self._lean_layers()
         for index, kind in enumerate(kinds):
             prefix = f"{self.prefix}layers.{index}."
             layer = partial(self.layer, prefix, masks[kind], rotary[kind])
             t.recorder.mark(("forward", index))
-            if self.loaded.spec.gradient_checkpointing:
+            if lean is not None:
+                hidden = lean.layer(prefix, hidden)
+            elif self.loaded.spec.gradient_checkpointing:
                 hidden = t.checkpoint(layer, hidden)
             else:
                 hidden = layer(hidden)
@@ -71,6 +75,14 @@ class Decoder:
                 hidden.node.mark = ("backward", index)
         t.recorder.mark(("forward", len(kinds)))
         return self.norm(f"{self.prefix}norm", hidden)
+
+    def _lean_layers(self) -> Any:
+        """The lean stack's layers in training; None for the modelling code's own."""
+        if self.loaded.spec.stack != "lean" or not self.t.training:
+            return None
+        from planner.models.lean_step import LeanLayers  # loaded for lean runs alone
+
+        return LeanLayers(self.t, self.loaded, self.g)
 
     def layer(self, prefix: str, mask: Tensor | None, rotary: Rotary, hidden: Tensor) -> Tensor:
         """One decoder layer. `_weights`: eager attention hands its scores back, and the layer holds
@@ -291,9 +303,13 @@ def turned(t: Engine, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def head_and_loss(
     t: Engine, loaded: Loaded, geometry: DecoderGeometry, hidden: Tensor, labels: Tensor,
     masked_columns: int = 0, path: str = "lm_head",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """lm_head (at `path`), soft caps, Chameleon's masking of image columns, and the loss: (loss,
     logits)."""
+    if loaded.spec.stack == "lean":
+        from planner.models.lean_step import lean_loss  # loaded for lean runs alone
+
+        return lean_loss(t, loaded, geometry, hidden, path)
     t.recorder.enter("loss")
     logits = nn.linear(t, loaded.linear(path), hidden)
     with t.recorder.scope("lm_head"):

@@ -133,9 +133,14 @@ def image_features(geometry: ChameleonGeometry, image_size: int | None) -> int:
 
 def forward(
     t: Engine, loaded: Loaded, geometry: ChameleonGeometry, batch: Batch
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`ChameleonForConditionalGeneration.forward`: (loss, logits)."""
     decoder = Decoder(t, loaded, geometry.text, "model.")
+    if loaded.spec.stack == "lean":
+        if batch.pixels is not None:
+            _image_codes(t, loaded, geometry, batch.pixels)
+        hidden = decoder.layers(decoder.embed(batch.ids))
+        return head_and_loss(t, loaded, geometry.text, hidden, batch.labels)
     embeds = decoder.embed(batch.ids)
     features = mask = None  # names of the model's forward: alive until it returns
     if batch.pixels is not None:
@@ -149,6 +154,24 @@ def forward(
     del embeds  # `inputs_embeds` lives until the backbone's forward returns
     columns = geometry.vq.num_embeddings  # one vocabulary entry a code
     return head_and_loss(t, loaded, geometry.text, hidden, batch.labels, columns)
+
+
+_IMAGES_AT_ONCE = 4  # recipes.images
+
+
+def _image_codes(
+    t: Engine, loaded: Loaded, geometry: ChameleonGeometry, pixels: Tensor
+) -> None:
+    """The lean stack's images: codes without a graph, a few at a time, put among the token ids."""
+    from planner.memory.vocabulary import minimum
+    from planner.models.chameleon_vq import VqEncoder
+
+    shape = (minimum(pixels.shape[0], _IMAGES_AT_ONCE), *pixels.shape[1:])
+    training, t.training = t.training, False
+    with t.no_grad():
+        part = t.new(shape, loaded.dtype, "to (pixels)")
+        VqEncoder(t, loaded, geometry.vq, "model.vqmodel.").encode(part)
+    t.training = training
 
 
 def _image_features(
