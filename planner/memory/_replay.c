@@ -261,13 +261,16 @@ static void absorb(Pool *p, int32_t block, int32_t other, int before) {
     }
 }
 
+/* 1: given; -1: no memory here; -2: nothing is held under this key. */
 static int give(Pool *p, int64_t key) {
     int32_t block = p->held[key];
+    if (block < 0) return -2;
+    p->held[key] = -1;
     p->allocated -= p->blocks[block].size;
     int32_t before = p->blocks[block].prev, after = p->blocks[block].next;
     if (before >= 0 && p->blocks[before].free) absorb(p, block, before, 1);
     if (after >= 0 && p->blocks[after].free) absorb(p, block, after, 0);
-    return keep(p, block);
+    return keep(p, block) ? 1 : -1;
 }
 
 /* 1: taken; 0: the cap is too small; -1: no memory here; 2: more than `stop` would be reserved
@@ -318,6 +321,7 @@ static int run(Pool *p, const Part *part, Py_ssize_t *at, int64_t cap, int64_t s
         int64_t room = 2 * (base + blocks);
         int32_t *grown = realloc(p->held, room * sizeof(int32_t));
         if (!grown) return -1;
+        memset(grown + p->held_room, -1, (room - p->held_room) * sizeof(int32_t));
         p->held = grown; p->held_room = room;
     }
     for (; *at < count; ++*at) {
@@ -325,8 +329,12 @@ static int run(Pool *p, const Part *part, Py_ssize_t *at, int64_t cap, int64_t s
         if (index >= blocks) return -2;
         int64_t size = sizes[index];
         if (event < 0) {
-            if (size <= SMALL) p->small -= size;
-            else if (!give(p, base + index)) return -1;
+            if (size <= SMALL) {
+                p->small -= size;
+                continue;
+            }
+            int given = give(p, base + index);
+            if (given != 1) return given;
             continue;
         }
         if (size <= SMALL) {

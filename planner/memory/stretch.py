@@ -154,6 +154,12 @@ class _Stretch:
         self.layer_base: dict[tuple[str, int, int], int] = {}
         self.segment_base: dict[int, int] = {}
         self.turns = self._count_turns()
+        # the backward of layer 1 meets layer 0's forward, that of a layer further up another's
+        self.lower = {
+            index: self._lower(segment, segments[index - 1])
+            for index, segment in enumerate(segments)
+            if (segment.kind, segment.layer) == ("backward", 1)
+        }
 
     def _count_turns(self) -> list[int]:
         """How often a segment's (kind, layer) came before: micro batches repeat."""
@@ -221,10 +227,30 @@ class _Stretch:
                 found = self._elsewhere(source, whole - segment.layer, segment.layer)
                 shifts[owner] = found - source
             events = shifted(segment.events, self.starts, shifts)
+            for position, kind, turn, offset in self.lower.get(index, ()) if whole > 1 else ():
+                events[position] = ~(self.layer_base[kind, whole - 1, turn] + offset)
             recorder.blocks += segment.blocks
             recorder.sizes.extend(segment.sizes)
             self.live += segment.net
         recorder.events.extend(events)
+
+    def _lower(self, segment: _Segment, above: _Segment) -> list[tuple[int, str, int, int]]:
+        """(position, kind, turn, offset): where layer 1 releases a block of layer 0, which has
+        other blocks (nothing before it wants a gradient), what layer 2 releases of layer 1."""
+        found = []
+        for position in segment.foreign:
+            kind, layer, turn, offset = self._place(~segment.events[position])
+            if not kind or layer:
+                continue
+            twin = above.events[position] if position < len(above.events) else 0
+            if twin >= 0:
+                raise NotAlikeError
+            place = self._place(~twin)
+            if place[:3] != (kind, 1, turn):
+                raise NotAlikeError
+            if place[3] != offset:
+                found.append((position, kind, turn, place[3]))
+        return found
 
     def _owner(self, source: int) -> int:
         """Which of the segments with blocks has this one."""

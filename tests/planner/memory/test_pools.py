@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from array import array
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,3 +114,10 @@ def test_indices_move_by_the_shift_of_their_stretch(indices: list[int], shifts: 
     moved = [index + shifts[index // 10] for index in indices]
     expected = [new if index % 2 else ~new for index, new in zip(indices, moved, strict=True)]
     assert list(shifted(events, starts, array("q", shifts))) == expected
+
+
+@pytest.mark.parametrize("events", [[0, -1, -1], [-1], [0, -1, 1, -1]])
+def test_a_release_of_what_is_not_held_is_no_answer(events: list[int]) -> None:
+    for run in (replay_parts, replay_in_python):
+        with pytest.raises((ValueError, KeyError)):
+            run([_part([2 * MIB, 2 * MIB], events, 0, 0)])

@@ -22,8 +22,12 @@ SPECS: list[dict[str, Any]] = [
     {"method": "full", "quantization": "none"},
     {"quantization": "int8"},
     {"model": LLAVA, "images_per_sample": 1, "sequence_length": 1024},
+    {"model": "facebook/chameleon-30b", "gradient_checkpointing": True, "lora": {"dropout": 0.0}},
     {"model": "Qwen/Qwen2.5-0.5B", "method": "full", "quantization": "none",
      "optimizer": "adafactor"},
+    {"model": "lavin-7b", "images_per_sample": 1, "optimizer": "paged_adamw_8bit"},
+    {"model": "lavin-13b", "images_per_sample": 1, "gradient_checkpointing": True,
+     "gradient_accumulation_steps": 2, "versions": {"bitsandbytes": "0.39.0"}},
 ]  # fmt: skip
 # The key-value cache and a custom function's attributes are freed in one sweep, in another order.
 SWEPT = (SPECS[4], SPECS[5])
