@@ -20,6 +20,7 @@ from planner.memory.program import (
     forward_of,
     load,
     make_batch,
+    may_stretch,
     paused_collector,
     state_bytes,
 )
@@ -106,7 +107,7 @@ def _merged(sides: list[Any], yes: Any, no: Any) -> Any:
 
 def _run_alike(spec: RunSpec, model: Model, batches: Sizes, lengths: Sizes) -> Many:
     whole = model.text.num_hidden_layers
-    alike = len(set(model.text.layer_types)) == 1 and whole > MORE
+    alike = may_stretch(model, spec) and whole > MORE
     with paused_collector(), np.errstate(over="raise"):
         if alike:
             few = _run(spec, model, batches, lengths, FEW)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+from bitsandbytes.autograd._functions import MatMul4Bit
 
 from planner.models.registry import load_model, model_from_config
 from planner.spec import spec_from_mapping
@@ -89,3 +90,25 @@ def test_large_allocations_come_in_the_recipe_s_order(number: int) -> None:
     pictures = 2 * (CASES[number].get("micro_batch_size", 1) > 1)
     eager_in_fp16 = 16 * (CASES[number].get("precision") == "fp16")
     assert len(differing) <= pictures + eager_in_fp16, differing[:5]
+
+
+def test_old_bitsandbytes_kept_inputs_as_a_custom_function_that_keeps_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before 0.43.2, MatMul4Bit.forward held its input on ctx (bitsandbytes pull request 1270)."""
+    today = MatMul4Bit.forward
+
+    def forward(ctx: Any, a: Any, *rest: Any) -> Any:
+        out = today(ctx, a, *rest)
+        ctx.kept = a
+        return out
+
+    fields = {"micro_batch_size": 2, "images_per_sample": 1, "model": "lavin-7b"}
+    known = shadow(spec_from_mapping(fields), _planner({}))
+    spec = spec_from_mapping({**fields, "versions": {"bitsandbytes": "0.39.0"}})
+    monkeypatch.setattr(MatMul4Bit, "forward", staticmethod(forward))
+    expected = traced_peaks(trace_lavin(spec, _recipe({})))
+    found = planned_peaks(shadow(spec, _planner({})))
+    assert found["forward"] == pytest.approx(expected["forward"], rel=TOLERANCE)
+    assert found["backward"] == pytest.approx(expected["backward"], rel=TOLERANCE)
+    assert found["backward"] > 1.03 * planned_peaks(known)["backward"]

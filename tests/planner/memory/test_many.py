@@ -22,6 +22,10 @@ SPECS: list[dict[str, Any]] = [
     {"quantization": "none", "attention": "eager"},
     {"model": "google/gemma-2-2b"},
     {"model": "Qwen/Qwen3-4B", "precision": "fp16"},
+    {"model": "lavin-7b"},
+    {"model": "lavin-7b", "images_per_sample": 1, "gradient_checkpointing": True},
+    {"model": "lavin-7b", "images_per_sample": 1, "quantization": "none", "attention": "eager"},
+    {"model": "llama-7b", "adapter": "adaption_prompt"},
 ]
 
 
