@@ -30,11 +30,20 @@ class CudaSemantics(TorchFunctionMode):
     def __init__(self, recorder: Any) -> None:
         super().__init__()
         self.recorder = recorder
-        self.dtype: torch.dtype | None = None
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._running: set[Any] = set()
         self._depth = 0
         self._open: dict[Any, Any] = {}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the autocast region that runs; stand-ins ask the recorder for it."""
+        dtype: torch.dtype | None = self.recorder.autocast_dtype
+        return dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype | None) -> None:
+        self.recorder.autocast_dtype = dtype
 
     def __torch_function__(
         self, func: Any, types_: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

@@ -44,6 +44,7 @@ class Recorder(TorchDispatchMode):
         self.unknown: dict[str, None] = {}
         self._live: dict[int, tuple[int, Event, Any]] = {}
         self.paged_bytes = 0
+        self.autocast_dtype: torch.dtype | None = None  # of the region that runs
         self.work = Counter()
         self._count = 0
         self._handles: set[tuple[str, str]] = set()

@@ -14,7 +14,7 @@ Standin = Callable[[Any, Any, tuple, dict[str, Any]], Any]
 _TABLE: dict[str, Standin] = {}
 _FILES = (
     "adapted_linear", "attention", "bitsandbytes_4bit", "bitsandbytes_8bit", "convolution",
-    "dropout", "foreach", "indexing", "normalisation",
+    "dropout", "foreach", "indexing", "normalisation", "softmax",
 )  # fmt: skip
 
 

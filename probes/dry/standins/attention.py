@@ -37,12 +37,12 @@ def flash(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 @stands_for("aten::_scaled_dot_product_flash_attention_backward")
 def flash_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Temporaries: dq in fp32, rows rounded to 128, and a float a row; with grouped queries the
-    gradients of key and value at all heads before they are summed."""
+    """Temporaries: dq in fp32 and a float a row (flash: rows rounded to 128); with grouped queries
+    the gradients of key and value at all heads before they are summed."""
     _, query, key, value = args[:4]
     batch, heads, length, depth = query.shape
     cudnn = recorder.target.prefers_cudnn_attention
-    rows = -(-length // 128) * 128
+    rows = length if cudnn else -(-length // 128) * 128
     width = depth if cudnn else -(-depth // 32) * 32
     results = tuple(_like_bshd(x) for x in (query, key, value))
     for x in results:

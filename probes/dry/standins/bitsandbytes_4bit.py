@@ -1,5 +1,9 @@
 """bitsandbytes' 4-bit product on CUDA (backends/cuda/ops.py, 0.50): past a few rows the weight is
-dequantised in whole, with its block maxima when they are quantised too, then multiplied."""
+dequantised in whole, with its block maxima when they are quantised too, then multiplied.
+
+The product is torch's own `linear`, so autocast casts weight and input where they are of another
+type than it wants (bf16 weights under fp16), and the result is of that type.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +30,14 @@ def gemm_4bit(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> 
     if maxima is not None:
         made = [recorder.begin("dequantize_blockwise", maxima.numel() * 4) for _ in range(2)]
     made.append(recorder.begin("dequantize_4bit", prod(shape) * A.element_size()))
-    output = A.new_empty((*A.shape[:-1], shape[0]))
+    dtype = recorder.autocast_dtype or A.dtype
+    casts = []
+    if dtype is not A.dtype:  # the weight first, as autocast's arguments are evaluated
+        casts = [
+            recorder.begin("autocast", count * dtype.itemsize) for count in (prod(shape), A.numel())
+        ]
+    output = A.new_empty((*A.shape[:-1], shape[0]), dtype=dtype)
     recorder.track(output, func)
-    for event in made:
+    for event in [*casts, *made]:
         recorder.end(event)
     return output

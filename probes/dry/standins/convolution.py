@@ -2,8 +2,8 @@
 weight and output once more.
 
 Read in allocator histories of an H200 (torch 2.11, bf16; up to 147 bytes more), at every shape of
-Chameleon's image tokenizer; its first, of three channels, takes none. Patches (stride = kernel) are
-products without it.
+Chameleon's image tokenizer; its first, of three channels, takes none. Patches of an image (stride =
+kernel; CLIP's) pad their channels to eight, those that are cut already (Qwen2-VL's) are products.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ def convolution(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -
     x, weight, stride, groups = args[0], args[1], args[3], args[8]
     result: torch.Tensor = values.run(recorder, func, args, kwargs)
     kernel = tuple(weight.shape[2:])
-    if kernel == tuple(stride):
+    patches = kernel == tuple(stride)
+    if patches and kernel in (tuple(x.shape[2:]), (1,) * len(kernel)):
         return result
     if weight.dim() != 4 or groups != 1:
         recorder.note_unknown("convolution: cuDNN's workspace is not counted")
         return result
     recorder.track(result, func)
-    if x.shape[1] % _VECTOR_CHANNELS:
+    channels = x.shape[1]
+    padded = -(-channels // _VECTOR_CHANNELS) * _VECTOR_CHANNELS
+    if padded != channels and not patches:
         return result
-    size = (x.numel() + weight.numel() + result.numel()) * x.element_size() + _MARGIN_BYTES
+    elements = (x.numel() + weight.numel()) // channels * padded + result.numel()
+    size = elements * x.element_size() + _MARGIN_BYTES
     recorder.temporary("cuDNN convolution", size)
     return result
