@@ -153,7 +153,7 @@ def test_every_family_survives_every_key_turned_to_nonsense(model_type: str) -> 
         "qwen2_vl": "qwen2-vl-2b", "qwen2_5_vl": "qwen2.5-vl-3b", "paligemma": "paligemma-3b",
         "chameleon": "chameleon-7b", "llama": "llama-7b", "mistral": "mistral-7b",
         "qwen2": "qwen2-0.5b", "qwen3": "qwen3-0.6b", "gemma": "gemma-2b", "gemma2": "gemma-2-2b",
-        "phi3": "phi-3-mini", "llava": "llava-1.5-7b",
+        "phi3": "phi-3-mini", "llava": "llava-1.5-7b", "lavin": "lavin-7b",
     }[model_type]  # fmt: skip
     config = dict(load_model(name).config)
     family = family_of(model_type)
