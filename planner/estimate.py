@@ -12,7 +12,7 @@ from planner.host import HostMemory, HostNeeds, host_memory, largest_parameters
 from planner.interval import Interval, requirement_interval
 from planner.memory.loading import adapter_parameters
 from planner.memory.optimizer import find_optimizer
-from planner.memory.program import Program, evaluation_peak, load, run
+from planner.memory.program import Program, evaluation_run, load, run
 from planner.memory.requirement import reserve
 from planner.memory.terms import Term, live_terms, static_terms
 from planner.memory.workspace import (
@@ -178,10 +178,14 @@ class Fit(NamedTuple):
 
 def requirement(spec: RunSpec, model: Model, program: Program, workspace_bytes: int) -> Requirement:
     """The requirement of a program already run. Cards differ in it by their workspace alone."""
-    needs = reserve(program, workspace_bytes, spec.expandable_segments)
+    # the lean recipes switch expandable segments on (recipes.build, allocator_settings)
+    expandable = spec.expandable_segments or spec.stack == "lean"
+    evaluation = evaluation_run(spec, model) if spec.evaluation_batch_size else None
+    needs = reserve(program, workspace_bytes, expandable, evaluation)
     eval_peak = None
-    if spec.evaluation_batch_size:
-        above = evaluation_peak(spec, model) + HANDLES_TRAINING * workspace_bytes
+    if evaluation is not None:
+        held = max(instant.peak_bytes for instant in evaluation.instants)
+        above = held + HANDLES_TRAINING * workspace_bytes
         eval_peak = needs.resident_bytes + program.states.device_bytes + above
     required = max(needs.required_bytes, needs.load_peak_bytes, eval_peak or 0)
     interval = requirement_interval(spec, model, required)

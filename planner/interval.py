@@ -28,7 +28,8 @@ def requirement_interval(
     card, so the card does not widen it."""
     calibration, _ = calibration_of(device_id or "h200")
     unmodelled = version_notes(spec)
-    band = calibration.bands.get(band_key(spec.stack, spec.gradient_checkpointing))
+    key = band_key(spec.stack, spec.gradient_checkpointing, spec.quantization)
+    band = calibration.bands.get(key)
     covered = (
         band is not None
         and model.model_type in calibration.model_types

@@ -104,14 +104,15 @@ def _with_spread(rates: Rates, timed: Sequence[Timed]) -> Rates:
 
 def bands(rows: Iterable[Residual]) -> dict[str, Band]:
     """Truth over prediction on the bisected records, by kind of configuration: from the largest
-    cap that failed to the smallest that passed."""
+    cap that failed to the smallest that passed; the prediction itself is always inside."""
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         measured = row.measured
         if measured.failed_cap_bytes is None or measured.passed_cap_bytes is None:
             continue
         predicted = row.predicted.allocator_required_bytes
-        key = band_key(measured.spec.stack, measured.spec.gradient_checkpointing)
+        spec = measured.spec
+        key = band_key(spec.stack, spec.gradient_checkpointing, spec.quantization)
         ends = (
             measured.failed_cap_bytes / predicted - 1,
             measured.passed_cap_bytes / predicted - 1,
@@ -119,8 +120,8 @@ def bands(rows: Iterable[Residual]) -> dict[str, Band]:
         found.setdefault(key, []).append(ends)
     return {
         key: Band(
-            round(min(low for low, _ in ends), 4),
-            round(max(high for _, high in ends), 4),
+            round(min(0.0, *(low for low, _ in ends)), 4),
+            round(max(0.0, *(high for _, high in ends)), 4),
             len(ends),
         )
         for key, ends in found.items()

@@ -195,7 +195,7 @@ def _is_useful(answer: Estimate, lever: Lever | _Outline, verdict: Verdict) -> b
 
 
 def _allocator(spec: RunSpec) -> Iterator[Change]:
-    if not spec.expandable_segments:
+    if not spec.expandable_segments and spec.stack == "stock":
         yield Change({"expandable_segments": True})
 
 

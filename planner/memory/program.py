@@ -282,8 +282,8 @@ def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: Ste
     return Program(loaded, Loading(loaded), states, recorder, work, count)
 
 
-def evaluation_peak(spec: RunSpec, model: Model) -> int:
-    """Bytes an evaluation forward holds at its peak, above what is resident."""
+def evaluation_run(spec: RunSpec, model: Model) -> Recorder:
+    """The events of an evaluation forward."""
     loaded = load(spec, model)
     engine = engine_for(spec)
     size = spec.model_copy(update={"micro_batch_size": spec.evaluation_batch_size})
@@ -293,7 +293,8 @@ def evaluation_peak(spec: RunSpec, model: Model) -> int:
         engine.recorder.enter("evaluation")
         stock_loss(engine, loaded, forward_of(model), batch)
     engine.recorder.enter("end")
-    return max(instant.peak_bytes for instant in engine.recorder.instants)
+    del batch
+    return engine.recorder
 
 
 def forward_of(model: Model) -> Forward:

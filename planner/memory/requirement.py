@@ -14,7 +14,7 @@ from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading
 from planner.memory.pools import CAPPED, RELEASE, RESET, Part, settle
 from planner.memory.program import Program
-from planner.memory.storage import BLOCK_BYTES
+from planner.memory.storage import BLOCK_BYTES, Recorder
 
 RESOLUTION = 400  # the smallest cap is sought to a part in so many
 
@@ -32,13 +32,27 @@ class Reserve(NamedTuple):
     required_bytes: int
 
 
-def reserve(program: Program, workspace_bytes: int, expandable_segments: bool) -> Reserve:
-    """Replay the run without a cap, then find the smallest cap."""
+def reserve(
+    program: Program, workspace_bytes: int, expandable_segments: bool,
+    evaluation: Recorder | None = None,
+) -> Reserve:  # fmt: skip
+    """Replay the run without a cap, then find the smallest cap; `evaluation`: a batch of it after
+    the steps, in which the cap must hold, too (the peaks are those of training)."""
     load = loading_parts(program)
     first, later = step_parts(program, workspace_bytes)
+    found = _reserve(load, [*first, later], expandable_segments)
+    if evaluation is None:
+        return found
+    taken = [part.base + len(part.sizes) for part in first]
+    batch = Part(array("q", evaluation.events), array("q", evaluation.sizes), max(taken))
+    both = _reserve(load, [*first, later, batch], expandable_segments)
+    return found._replace(required_bytes=max(found.required_bytes, both.required_bytes))
+
+
+def _reserve(load: list[Part], run: list[Part], expandable_segments: bool) -> Reserve:
     if expandable_segments:
-        return _expandable([*load, *first, later])
-    steps = [part._replace(flags=CAPPED) for part in (*first, later)]  # the second has states
+        return _expandable([*load, *run])
+    steps = [part._replace(flags=CAPPED) for part in run]  # the second has states
     steps[0] = steps[0]._replace(flags=CAPPED | RESET)
     found = settle(load, steps, steps[-1], RESOLUTION)
     small = -(-found.small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES

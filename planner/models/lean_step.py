@@ -143,8 +143,9 @@ class LeanLayers:
         flops = 2 * prod(rows) * state.in_features * state.out_features
         t.count_matmul(flops, self._traffic(state, prod(rows)), self.dtype)
         del weight
-        if state.adapter is not None:
-            t.count(prod(rows) * state.in_features * 2 + 2 * prod(rows) * state.out_features * 2, 3)
+        if state.adapter is not None:  # A and B cast, the row made, summed and cast, addmm
+            traffic = prod(rows) * (state.in_features + 2 * state.out_features)
+            t.count(traffic * self.dtype.itemsize, 6)
         return out
 
     def _linear_backward(
@@ -168,7 +169,8 @@ class LeanLayers:
         parts = t.new((minimum(rows // 256 + 1, _SPLIT_GRADIENT), *a.shape), F32, "adapter (parts)")
         del parts
         found[name] = [t.new(leaf.shape, leaf.dtype, "adapter gradient") for leaf in (a, b)]
-        t.count(rows * (state.in_features + state.out_features) * 4, 6)
+        # A and B cast; du, scaled; B's gradient, cast, scaled; A's in parts, summed, cast; dx
+        t.count(rows * (state.in_features + state.out_features) * 4, 11)
         return out
 
     def _new(self, shape: Any, op: str) -> Tensor:
