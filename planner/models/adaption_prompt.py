@@ -36,6 +36,10 @@ def load(spec: RunSpec, model: Model) -> Loaded:
             f"adapter: peft has no adaption prompt for {model.model_type}; allowed: "
             f"{', '.join(FAMILIES)}, or adapter 'lora'"
         )
+    if spec.stack == "lean":
+        raise UnsupportedError(
+            "adapter: 'adaption_prompt' has no lean step; allowed: stack 'stock'"
+        )
     wanted, layers = spec.adaption_prompt.adapter_layers, model.text.num_hidden_layers
     if wanted > layers:
         raise InputError(

@@ -14,7 +14,7 @@ from planner.errors import InputError
 from planner.estimate import estimate
 from planner.measured_ladder import _DEFAULTS, _SETTINGS, find_measured, ladder_rows
 from planner.seed_ladder import Published, climb_seed, seed_of
-from planner.spec import RunSpec
+from planner.spec import RunSpec, spec_from_mapping
 
 # LaVIN's README, "GPU memory" of the 16-bit models on 2 GPUs at 4 samples each, in GB.
 README_GB = {"lavin-7b": 33.9, "lavin-13b": 55.9}
@@ -118,6 +118,21 @@ def test_the_verb_answers_without_a_card_and_with_one(capsys: pytest.CaptureFixt
     assert "LLaVA" not in told.split("\n", 1)[1]
     assert main(["ladder", "llama-7b", "--gpu", "h200", "--measured", "x"]) == 2
     assert seed_of("llama-7b") is None
+
+
+def test_measured_ladder_is_predicted() -> None:
+    """Every row of the shipped ladder (random weights, built without from_pretrained's warm-up)."""
+    rows = [row for row in ladder_rows() if row["outcome"] == "ok"]
+    assert len(rows) >= 15
+    for row in rows:
+        fields = {name: row[name] for name in (*_SETTINGS, "gradient_accumulation_steps", "model")}
+        dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[row["precision"]]
+        answer = estimate(spec_from_mapping({**fields, "device": "h200", "weights_dtype": dtype}))
+        assert answer.parameters.trainable == row["trainable_parameters"]
+        measured = row["peak_allocated_bytes"]
+        assert answer.peak_allocated_bytes == pytest.approx(measured, rel=0.005), fields
+        required = row["allocator_required_bytes"]
+        assert answer.allocator_required_bytes == pytest.approx(required, rel=0.015), fields
 
 
 def test_settings_are_those_that_the_recipe_measures() -> None:

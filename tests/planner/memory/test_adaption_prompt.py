@@ -72,6 +72,8 @@ def test_what_peft_refuses_is_refused() -> None:
     fields = {"device": "a100-40gb", **PROMPT}
     with pytest.raises(UnsupportedError, match="adapter"):
         estimate(spec_from_mapping({"model": "Qwen/Qwen2-0.5B", **fields}))
+    with pytest.raises(UnsupportedError, match="lean"):
+        estimate(spec_from_mapping({"model": LLAMA, "stack": "lean", **fields}))
     short = {"model": "meta-llama/Llama-3.2-1B-Instruct", **fields}
     with pytest.raises(InputError, match="adapter_layers"):
         estimate(spec_from_mapping(short))
