@@ -101,10 +101,10 @@ def flash(t: Engine, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Te
 def flash_buffers(
     t: Engine, rows: Any, length: Any, dim: int, expanded: list[tuple[Any, DType]]
 ) -> list[Tensor]:
-    """A float for each position of `rows` sequences and an fp32 accumulator of dq, both of lengths
-    rounded to 128, and what else is `expanded`: buffers of their own in flash (flash_api.cpp,
-    mha_bwd, heads rounded to 32), in cuDNN one workspace, 256 bytes larger."""
-    rounded = (length + 127) // 128 * 128
+    """A float for each position of `rows` sequences, an fp32 accumulator of dq, and what else is
+    `expanded`: buffers of their own in flash (flash_api.cpp, mha_bwd; lengths rounded to 128, heads
+    to 32), in cuDNN one workspace, 256 bytes larger."""
+    rounded = length if t.cudnn_attention else (length + 127) // 128 * 128
     width = dim if t.cudnn_attention else (dim + 31) // 32 * 32
     sizes = [(rows * rounded, F32), (rows * rounded * width, F32), *expanded]
     if t.cudnn_attention:

@@ -158,8 +158,12 @@ def _matmul_4bit(t: Engine, state: Linear, x: Tensor, bias: Tensor | None) -> Te
     absmax = _absmax(t, state, 2)
     weight = _dequantize(t, state, dtype, "dequantize")
     t.count_matmul(flops, traffic, dtype)
-    out = t.new((*shape[:-1], n), dtype, "mm")
-    del weight, absmax
+    product_dtype = t.autocast_dtype or dtype
+    casts = []
+    if product_dtype is not dtype:  # torch's own linear inside: autocast casts, the weight first
+        casts = [t.new((n, k), product_dtype, "autocast"), t.new(shape, product_dtype, "autocast")]
+    out = t.new((*shape[:-1], n), product_dtype, "mm")
+    del casts, weight, absmax
 
     def backward(g: Tensor) -> tuple[Tensor | None, ...]:
         absmax = _absmax(t, state, 1)  # functional.dequantize_4bit shifts it in place

@@ -16,6 +16,19 @@ _VECTOR_CHANNELS = 8
 _CONV_MARGIN = 74  # elements of 16 bits: up to 147 bytes were seen
 
 
+def _conv_workspace(x: Shape, weight: Shape, out: Shape) -> Any:
+    """Elements of cuDNN's workspace: input, weight and output in channels-last; patches of an image
+    pad their channels to eight, patches that are cut already are products."""
+    channels = x[1]
+    padded = -(-channels // _VECTOR_CHANNELS) * _VECTOR_CHANNELS
+    if _is_patches(x, weight, out):
+        if tuple(weight[2:]) in (tuple(x[2:]), (1, 1)):
+            return 0
+    elif padded != channels:
+        return 0
+    return (prod(x) + prod(weight)) // channels * padded + prod(out) + _CONV_MARGIN
+
+
 def _is_patches(x: Shape, weight: Shape, out: Shape) -> bool:
     """Whether the kernel tiles the planes: as many steps of its size as fit."""
     sides = zip(x[2:], weight[2:], out[2:], strict=True)
@@ -31,10 +44,9 @@ def conv(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None, out_shape: S
     """
     bias, weight, x = t.lower_all(bias, weight, x)
     out = t.new(out_shape, x.dtype, "convolution")
-    planes = len(weight.shape) == 4 and x.shape[1] % _VECTOR_CHANNELS == 0
-    if planes and not _is_patches(x.shape, weight.shape, out_shape):
-        elements = prod(x.shape) + prod(weight.shape) + prod(out_shape) + _CONV_MARGIN
-        t.new((elements,), x.dtype, "cuDNN convolution (workspace)")
+    workspace = _conv_workspace(x.shape, weight.shape, out_shape) if len(x.shape) == 4 else 0
+    if not isinstance(workspace, int) or workspace:
+        t.new((workspace,), x.dtype, "cuDNN convolution (workspace)")
     flops = 2 * prod(out_shape) * prod(weight.shape[1:])
     traffic = grad_bytes(x) + grad_bytes(weight) + grad_bytes(out)
     t.count_matmul(flops, traffic, x.dtype)
