@@ -141,22 +141,20 @@ def _run(child: subprocess.Popen[str], case: dict[str, Any], limit_s: float) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown; ratios are of lean to the stock row before it."""
+    """The rows as Markdown; ratios are of lean to the stock row of its pair."""
     rate = next((row["flops_per_s"] for row in rows if "flops_per_s" in row), None)
     lines = [
         "| case | stack | step | tokens/s | x stock | allocated / reserved | cap passed (failed) "
         "| x stock | useful TFLOP/s | of the matrix rate | floor |",
         "|" + " --- |" * 11,
     ]
-    stock: dict[str, Any] = {}
+    stock = {row["name"]: row for row in rows if row.get("stack") == "stock" and "step_s" in row}
     for row in rows:
         if row.get("outcome"):
             lines.append(f"| {row['name']} | {row['stack']} | {row['outcome']} |" + " - |" * 8)
-            stock = {} if row["stack"] == "stock" else stock
-        if "step_s" not in row:
-            continue
-        stock = row if row["stack"] == "stock" else stock
-        lines.append(_table_line(row, stock, rate))
+        if "step_s" in row:  # a variant's name is its pair's, then what it does otherwise
+            pair = row["name"].partition(";")[0]
+            lines.append(_table_line(row, stock.get(pair, {}), rate))
     lines += [f"\n{_line(row)}" for row in rows if "options_s" in row]
     if rate:
         lines.append(f"\nMatrix rate (bf16, 8192 cubed, random data): {rate / 1e12:.0f} TFLOP/s.")
