@@ -31,7 +31,7 @@ MOST_TOKENS = 1 << 31  # of one forward: beyond any machine, and where 32-bit in
 
 
 class Parameters(NamedTuple):
-    """Counts of elements. `total` is the base model, adapters apart."""
+    """Counts of elements. `total` is the base model, adapters apart (LaVIN's are part of it)."""
 
     total: int
     trainable: int
