@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from planner.units import GIB
-from probes.records import Meters, Record
+from probes.records import Meters, Record, probe_key
 from probes.store import latest, read
 
 STORE = Path(__file__).parents[2] / "results" / "records"
@@ -87,3 +87,34 @@ def test_phases_hold_the_peak_that_is_told() -> None:
         if record.meters is not None:
             peak = record.meters.phases[record.meters.peak_phase].peak_allocated_bytes
             assert peak == record.meters.peak_allocated_bytes
+
+
+def test_the_records_span_what_they_should() -> None:
+    """At least 150 completed, 60 of them bisected, both stacks, every storage kind."""
+    completed = [r for r in records() if r.outcome == "ok"]
+    assert len(completed) >= 150
+    assert sum(r.meters is not None and r.meters.capacity is not None for r in completed) >= 60
+    specs = [r.spec for r in completed]
+    assert {s.stack for s in specs} == {"stock", "lean"}
+    assert {s.quantization for s in specs} == {"none", "nf4", "fp4", "int8"}
+    assert {s.method for s in specs} == {"lora", "full"}
+    assert {s.precision for s in specs} >= {"bf16", "fp16"}
+    assert any(s.evaluation_batch_size for s in specs)
+    assert max(s.sequence_length for s in specs) >= 8192
+
+
+def test_a_spec_measured_again_allocates_the_same() -> None:
+    """Fresh processes, other machines: peak allocated to 0.5 %, reserved too."""
+    repeats = read(STORE.parent / "repeats")[0]
+    assert len(repeats) >= 20
+    first = {probe_key(r.spec, r.options): r for r in records() if r.outcome == "ok"}
+    for again in repeats:
+        assert again.meters is not None
+        before = first[probe_key(again.spec, again.options)].meters
+        assert before is not None
+        assert again.meters.peak_allocated_bytes == pytest.approx(
+            before.peak_allocated_bytes, rel=0.005
+        )
+        assert again.meters.peak_reserved_bytes == pytest.approx(
+            before.peak_reserved_bytes, rel=0.005
+        )
