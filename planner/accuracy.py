@@ -3,10 +3,13 @@ sample, and at measured boundaries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from planner.accuracy_driver import driver_cells, driver_section
 from planner.learn import spread_of
+from planner.meters import Meters
 from planner.models.registry import load_model
+from planner.other_tools import ToolRow, refusals, tools_table
 from planner.residuals import Measured, Residual
 
 _LONG_STEP_TOKENS = 4096
@@ -42,8 +45,15 @@ def error_lines(rows: Sequence[Residual]) -> list[str]:
     return lines
 
 
-def report_markdown(rows: Sequence[Residual], refused: Sequence[tuple[Measured, str]]) -> str:
-    """The report as Markdown, with the command that remakes it."""
+def report_markdown(
+    rows: Sequence[Residual],
+    refused: Sequence[tuple[Measured, str]],
+    meters: Mapping[str, Meters] | None = None,
+    tools: Sequence[ToolRow] = (),
+) -> str:
+    """The report as Markdown, with the command that remakes it. meters: what else the records
+    measured, by key; tools: other tools' answers."""
+    measured = meters or {}
     parts = [
         "# Predicted against measured",
         f"Made by `{COMMAND}`. Errors are predicted over measured less one. A third of the records "
@@ -55,17 +65,24 @@ def report_markdown(rows: Sequence[Residual], refused: Sequence[tuple[Measured, 
         table(rows),
         "## Boundaries",
         boundaries(rows),
+        "## The whole card, evaluation, the host",
+        driver_section(rows, measured),
     ]
     for title, kind in _KINDS.items():
         parts.append(f"## By {title}")
-        parts.append(_by(rows, kind))
+        parts.append(_by(rows, kind, measured))
+        if title == "quantization" and any(_is_random_int8(row, measured) for row in rows):
+            parts.append(_RANDOM_INT8)
+    if tools:
+        parts += ["## Beside other tools, on the same rows", TOOLS_NOTE, tools_table(tools, rows)]
+        parts += ["What they refuse, or have no option for:", refusals(tools, rows)]
     parts += ["## Worst rows", _worst(rows)]
     if refused:
         parts += ["## Not predicted", "\n".join(f"- {m.spec.model}: {why}" for m, why in refused)]
     return "\n\n".join(parts) + "\n"
 
 
-def with_accuracy(text: str, rows: Sequence[Residual]) -> str:
+def with_accuracy(text: str, rows: Sequence[Residual], tools: Sequence[ToolRow] = ()) -> str:
     """A README with its accuracy section remade, between its two marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -80,11 +97,25 @@ def with_accuracy(text: str, rows: Sequence[Residual]) -> str:
         "allocator's rules.",
         table(held_out),
         boundaries(rows),
+        *_tools_short(tools, rows),
         "By family, quantization and kind, with the worst rows: "
-        "[results/tables/accuracy.md](results/tables/accuracy.md).",
+        "[results/tables/accuracy.md](results/tables/accuracy.md); against figures that others "
+        "published: [results/tables/published.md](results/tables/published.md).",
         END,
     ]
     return before + "\n\n".join(section) + after
+
+
+def _tools_short(tools: Sequence[ToolRow], rows: Sequence[Residual]) -> list[str]:
+    """The README's lines about other tools: those that answer for the whole card."""
+    asked = [row for row in tools if row.quantity == "device"]
+    if not asked:
+        return []
+    return [
+        "Other tools on the same records, each on the rows that it answers (weights-only figures, "
+        "tensors alone and refusals are in the full report):",
+        tools_table(asked, rows),
+    ]
 
 
 def table(rows: Iterable[Residual]) -> str:
@@ -118,25 +149,31 @@ def boundaries(rows: Sequence[Residual]) -> str:
     )
 
 
-def _by(rows: Sequence[Residual], kind: Callable[[Residual], str]) -> str:
+def _by(rows: Sequence[Residual], kind: Kind, meters: Mapping[str, Meters]) -> str:
     groups: dict[str, list[Residual]] = {}
     for row in rows:
-        groups.setdefault(kind(row), []).append(row)
+        groups.setdefault(kind(row, meters), []).append(row)
     lines = [
-        "| | records | peak allocated: median, worst | required: median, worst | step: median |",
-        "| --- | --- | --- | --- | --- |",
+        "| | records | held out | peak allocated: median, worst, bias | required: median, worst, "
+        "bias | outside torch: median, worst | whole card: median, worst, bias | step: median |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in sorted(groups):
         members = groups[name]
-        peak = spread_of(row.peak_allocated for row in members)
-        step = spread_of(row.step for row in members)
-        brackets = [row.required for row in members if row.required is not None]
-        required = "-" if not brackets else "{:.2%}, {:.2%}".format(*spread_of(brackets)[:2])
+        peak = _cells(row.peak_allocated for row in members)
+        required = _cells(row.required for row in members if row.required is not None)
+        outside, card = driver_cells(members, meters)
+        step = spread_of(row.step for row in members)[0]
         lines.append(
-            f"| {name} | {len(members)} | {peak[0]:.2%}, {peak[1]:.2%} | {required} "
-            f"| {step[0]:.0%} |"
+            f"| {name} | {len(members)} | {sum(row.measured.held_out for row in members)} | {peak} "
+            f"| {required} | {outside} | {card} | {step:.0%} |"
         )
     return "\n".join(lines)
+
+
+def _cells(errors: Iterable[float]) -> str:
+    listed = list(errors)
+    return "{:.2%}, {:.2%}, {:+.2%}".format(*spread_of(listed)) if listed else "-"
 
 
 def _worst(rows: Sequence[Residual]) -> str:
@@ -169,11 +206,44 @@ def _tokens(measured: Measured) -> int:
     return spec.micro_batch_size * spec.sequence_length * spec.gradient_accumulation_steps
 
 
-_KINDS: dict[str, Callable[[Residual], str]] = {
-    "family": lambda row: load_model(row.measured.spec.model).model_type,
-    "quantization": lambda row: row.measured.spec.quantization,
-    "stack": lambda row: row.measured.spec.stack,
-    "checkpointing": lambda row: (
+def _is_random_int8(row: Residual, meters: Mapping[str, Meters]) -> bool:
+    found = meters.get(row.measured.key)
+    return (
+        row.measured.spec.quantization == "int8" and found is not None and found.weights == "random"
+    )
+
+
+def _quantization(row: Residual, meters: Mapping[str, Meters]) -> str:
+    random = _is_random_int8(row, meters)
+    return "int8, weights drawn at random" if random else row.measured.spec.quantization
+
+
+Kind = Callable[[Residual, Mapping[str, Meters]], str]
+_KINDS: dict[str, Kind] = {
+    "family": lambda row, _: load_model(row.measured.spec.model).model_type,
+    "quantization": _quantization,
+    "stack": lambda row, _: row.measured.spec.stack,
+    "checkpointing": lambda row, _: (
         "checkpointed" if row.measured.spec.gradient_checkpointing else "plain"
     ),
+    "method": lambda row, _: row.measured.spec.method,
 }
+
+_RANDOM_INT8 = (
+    "The int8 records are a group of their own: their weights were drawn at random. bitsandbytes' "
+    "`MatMul8bitLt` keeps, beside its int8 copy, every input column that holds a value beyond its "
+    "threshold of 6 (`A[:, outlier columns]`, in 16 bits). In trained models such columns are few "
+    "(about 0.1% of the features, https://arxiv.org/abs/2208.07339); with random weights nearly "
+    "every input of `down_proj` has one once a batch holds some 2,000 tokens, and the run keeps "
+    "memory that a trained model's would not. Their errors stay in every total above."
+)
+TOOLS_NOTE = (
+    "Made by `python -m probes.others results/records --out results/tables/other-tools.csv`, which "
+    "asks each tool itself, offline, from the same configs, for every record of the stock stack. A "
+    "figure for the whole card is held against the measured requirement and what lies outside "
+    "torch, 0 inside the measured bracket (records that evaluate are left out of it: no cap was "
+    "bisected over evaluation); a tool that raises is counted as refusing. Tools that price every "
+    "parameter as trained are asked about full fine-tunes alone. Not asked: DeepSpeed's estimators "
+    "(model states alone, and no install without a build), LLaMA-Factory (a table in its README, "
+    "no function), gpu_poor (a web page), xMem (runs the training on a CPU)."
+)

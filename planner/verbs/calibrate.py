@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from planner.accuracy import error_lines, report_markdown, with_accuracy
@@ -11,22 +12,20 @@ from planner.calibration import SHIPPED, read, user_file
 from planner.devices import find_device
 from planner.flags import Parser
 from planner.learn import learn
-from planner.residuals import Residual, read_measured, residuals
+from planner.meters import Meters, read_meters
+from planner.other_tools import read_tools
+from planner.published import published_markdown, read_published
+from planner.residuals import Measured, Residual, read_measured, residuals
 
 
 def run(arguments: list[str]) -> int:
     """Learn from the records given, print errors before and after. Exit code 0."""
     options = _parser().parse_args(arguments)
-    measured = list(read_measured([Path(path) for path in options.records]))
+    paths = [Path(path) for path in options.records]
+    measured = list(read_measured(paths))
     rows, refused = residuals(measured)
     if options.report:
-        Path(options.report).write_text(report_markdown(rows, refused), encoding="utf-8")
-        sys.stdout.write(f"wrote {options.report}\n")
-        if options.readme:
-            readme = Path(options.readme)
-            text = with_accuracy(readme.read_text(encoding="utf-8"), rows)
-            readme.write_text(text, encoding="utf-8")
-            sys.stdout.write(f"wrote the accuracy section of {options.readme}\n")
+        _report(options, rows, refused, read_meters(paths))
         return 0
     target = SHIPPED if options.shipped else Path(options.out or user_file())
     kept = read(target) if target.is_file() else {}
@@ -42,6 +41,30 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(f"not predicted: {row.spec.model}: {reason}\n")
     sys.stdout.write(f"wrote {target}\n")
     return 0
+
+
+def _report(
+    options: Namespace,
+    rows: list[Residual],
+    refused: list[tuple[Measured, str]],
+    meters: dict[str, Meters],
+) -> None:
+    """The report, the figures of others beside it, and the README's short form."""
+    report = Path(options.report)
+    others = Path(options.others or report.with_name("other-tools.csv"))
+    tools = read_tools(others) if options.others or others.is_file() else []
+    _text(report, report_markdown(rows, refused, meters, tools))
+    figures = Path(options.published)
+    if figures.is_file():
+        _text(report.with_name("published.md"), published_markdown(read_published(figures)))
+    if options.readme:
+        readme = Path(options.readme)
+        _text(readme, with_accuracy(readme.read_text(encoding="utf-8"), rows, tools))
+
+
+def _text(target: Path, text: str) -> None:
+    target.write_text(text, encoding="utf-8")
+    sys.stdout.write(f"wrote {target}\n")
 
 
 def _by_device(rows: list[Residual]) -> dict[str, list[Residual]]:
@@ -68,4 +91,15 @@ def _parser() -> Parser:
     parser.add_argument("--shipped", action="store_true", help="write the project's own data")
     parser.add_argument("--report", metavar="FILE", help="write the accuracy report instead")
     parser.add_argument("--readme", metavar="FILE", help="with --report: its short form, here too")
+    parser.add_argument(
+        "--others",
+        metavar="CSV",
+        help="with --report: other tools' answers (default: other-tools.csv there)",
+    )
+    parser.add_argument(
+        "--published",
+        metavar="CSV",
+        default="results/published.csv",
+        help="with --report: figures of others; writes published.md beside it",
+    )
     return parser
