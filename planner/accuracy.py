@@ -9,7 +9,7 @@ from planner.accuracy_driver import driver_cells, driver_section
 from planner.learn import spread_of
 from planner.meters import Meters
 from planner.models.registry import load_model
-from planner.other_tools import ToolRow, refusals, tools_table
+from planner.other_tools import ToolRow, families_table, refusals, tools_table
 from planner.residuals import Measured, Residual
 
 _LONG_STEP_TOKENS = 4096
@@ -75,6 +75,7 @@ def report_markdown(
             parts.append(_RANDOM_INT8)
     if tools:
         parts += ["## Beside other tools, on the same rows", TOOLS_NOTE, tools_table(tools, rows)]
+        parts += ["Median by family, with how many were answered:", families_table(tools, rows)]
         parts += ["What they refuse, or have no option for:", refusals(tools, rows)]
     parts += ["## Worst rows", _worst(rows)]
     if refused:

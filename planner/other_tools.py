@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from planner.errors import InputError, Problem
 from planner.learn import spread_of
 from planner.meters import range_error
+from planner.models.registry import load_model
 from planner.residuals import Residual
 
 FIELDS = (
@@ -24,6 +25,8 @@ _QUANTITIES = {
     "allocated": "peak allocated (the tool's parts without its overhead)",
     "weights": "resident before the first step",
 }
+_SHORT = {"device": "the card", "allocated": "allocated"}
+_NOISE = 5e-4  # what the report prints as 0.0%: rounding, not a figure that is too low
 _QUOTED = re.compile(r"(?<=')[^']+(?=')")  # a model's or an option's name: one line for all
 
 
@@ -84,7 +87,7 @@ def tools_table(tools: Sequence[ToolRow], rows: Iterable[Residual]) -> str:
     ]
     lines = [
         "| tool | against | answered | median | worst | bias | too low | vramwise on these rows: "
-        "median, worst | refused | no option for it |",
+        "median, worst, too low | refused | no option for it |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, quantity in dict.fromkeys((row.tool, row.quantity) for row in known):
@@ -99,10 +102,12 @@ def _line(name: str, quantity: str, asked: list[ToolRow], by_key: dict[str, Resi
     cells = ["-"] * 5
     if answered:
         middle, worst, bias = spread_of(_errors(answered))
-        low = sum(error < 0 for error in _errors(answered))
-        ours = spread_of(own_error(row, by_key[row.key]) for row in answered)
+        low = sum(error < -_NOISE for error in _errors(answered))
+        own = [own_error(row, by_key[row.key]) for row in answered]
+        ours = spread_of(own)
+        own_low = sum(error < -_NOISE for error in own)
         cells = [f"{middle:.1%}", f"{worst:.1%}", f"{bias:+.1%}", f"{low}",
-                 f"{ours[0]:.2%}, {ours[1]:.2%}"]  # fmt: skip
+                 f"{ours[0]:.2%}, {ours[1]:.2%}, {own_low}"]  # fmt: skip
     return (
         f"| {name} | {_QUANTITIES[quantity]} | {len(answered)} | {' | '.join(cells)} "
         f"| {status['refused']} | {status['not offered']} |"
@@ -121,6 +126,31 @@ def own_error(row: ToolRow, ours: Residual) -> float:
         "weights": ours.predicted.resident_bytes,
     }[row.quantity]
     return range_error(predicted, row.measured_low_bytes, row.measured_bytes)
+
+
+def families_table(tools: Sequence[ToolRow], rows: Iterable[Residual]) -> str:
+    """Median errors by family, a column a tool; "refused" where it answered no row of one."""
+    family = {row.measured.key: load_model(row.measured.spec.model).model_type for row in rows}
+    known = [
+        row
+        for row in tools
+        if row.key in family and row.quantity != "weights" and row.status != "not offered"
+    ]
+    columns = list(dict.fromkeys((row.tool, row.quantity) for row in known))
+    titles = [f"{tool}, {_SHORT[quantity]}" for tool, quantity in columns]
+    lines = [f"| | {' | '.join(titles)} |", "| --- |" + " --- |" * len(columns)]
+    for name in sorted(set(family.values())):
+        cells = []
+        for column in columns:
+            asked = [
+                row for row in known
+                if (row.tool, row.quantity) == column and family[row.key] == name
+            ]  # fmt: skip
+            errors = _errors(asked)
+            told = "refused" if asked else "-"
+            cells.append(f"{spread_of(errors)[0]:.1%} ({len(errors)})" if errors else told)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def refusals(tools: Sequence[ToolRow], rows: Iterable[Residual]) -> str:

@@ -13,7 +13,14 @@ from planner.accuracy import report_markdown, with_accuracy
 from planner.accuracy_driver import device_errors, outside_errors
 from planner.errors import InputError
 from planner.meters import range_error, read_meters
-from planner.other_tools import ToolRow, own_error, read_tools, refusals, tools_table
+from planner.other_tools import (
+    ToolRow,
+    families_table,
+    own_error,
+    read_tools,
+    refusals,
+    tools_table,
+)
 from planner.residuals import Residual, read_measured, residuals
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -135,7 +142,13 @@ def test_tools_table_counts_what_is_answered_and_refused(rows: list[Residual]) -
     assert ours == pytest.approx(row.peak_allocated, abs=1e-6)
     line = tools_table(made, rows).splitlines()[-1]
     assert line.startswith("| tool 1 | peak allocated")
-    assert f"| 1 | 10.0% | 10.0% | -10.0% | 1 | {abs(ours):.2%}, {abs(ours):.2%} | 1 | 0 |" in line
+    assert (
+        f"| 1 | 10.0% | 10.0% | -10.0% | 1 | {abs(ours):.2%}, {abs(ours):.2%}, 0 | 1 | 0 |" in line
+    )
+    by_family = families_table(made, rows)
+    assert by_family.splitlines()[0] == "| | tool, allocated |"
+    assert "| chameleon | 10.0% (1) |" in by_family
+    assert "| chameleon | refused |" in families_table(made[1:], rows)
     assert "| tool | 1 | “ValueError: no '…' here” |" in refusals(made, rows)
 
 
