@@ -126,7 +126,8 @@ def _groups(campaigns: list[Campaign], done: set[str]) -> tuple[list[Group], int
     left = [p for p in points if p.key not in done]
     kept = in_order([p for p in left if p.key in ordered])
     free = arrange([p for p in left if p.key not in ordered], known)
-    return split([*kept, *free], _LARGEST_GROUP), len(known)
+    parts = split(kept, _LARGEST_GROUP), split(free, _LARGEST_GROUP, fresh_capacity=True)
+    return [*parts[0], *parts[1]], len(known)
 
 
 def _say(text: str) -> None:

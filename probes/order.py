@@ -63,13 +63,22 @@ def arrange(points: Sequence[Point], known: Iterable[Point] = ()) -> list[Group]
     return groups
 
 
-def split(groups: Iterable[Group], size: int) -> list[Group]:
-    """No group longer than `size`: several cards share the work, and no child grows old."""
-    return [
-        Group(group.load, group.points[start : start + size])
-        for group in groups
-        for start in range(0, len(group.points), size)
-    ]
+def split(groups: Iterable[Group], size: int, *, fresh_capacity: bool = False) -> list[Group]:
+    """No group longer than `size`: several cards share the work, and no child grows old.
+
+    fresh_capacity: a bisected point comes first in its process, because the smallest cap depends on
+    where earlier shapes left segments; what is allocated does not, and follows in the same load.
+    """
+    found = []
+    for group in groups:
+        part: list[Point] = []
+        for point in group.points:
+            if part and (len(part) == size or (fresh_capacity and point.options.bisect)):
+                found.append(Group(group.load, tuple(part)))
+                part = []
+            part.append(point)
+        found.append(Group(group.load, tuple(part)))
+    return found
 
 
 def _priority(point: Point) -> int:

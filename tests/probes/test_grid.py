@@ -8,7 +8,7 @@ import pytest
 
 from planner.errors import InputError
 from probes.grid import read_campaign
-from probes.order import arrange, load_key
+from probes.order import arrange, in_order, load_key, split
 
 CAMPAIGNS = sorted((Path(__file__).parents[2] / "results" / "campaigns").glob("*.toml"))
 
@@ -97,3 +97,16 @@ def test_novel_points_come_first(tmp_path: Path) -> None:
     known = read_campaign(write(tmp_path, 'model="m"\n'), {}).points
     (group,) = arrange(points, known)
     assert group.points[0].spec.optimizer == "sgd"
+
+
+def test_a_bisected_probe_comes_first_in_its_process(tmp_path: Path) -> None:
+    flags = ("false", "true", "false", "true", "true")
+    points = ", ".join(
+        f"{{micro_batch_size={i + 1}, bisect={flag}}}" for i, flag in enumerate(flags)
+    )
+    campaign = read_campaign(write(tmp_path, f'model="m"\n[[grids]]\npoints=[{points}]'), {})
+    groups = split(in_order(campaign.points), 20, fresh_capacity=True)
+    asked = [[p.options.bisect for p in g.points] for g in groups]
+    assert asked == [[False], [True, False], [True], [True]]
+    assert [p.key for g in groups for p in g.points] == [p.key for p in campaign.points]
+    assert [len(g.points) for g in split(in_order(campaign.points), 2)] == [2, 2, 1]
