@@ -98,7 +98,7 @@ def in_sets(events: Iterable[int]) -> list[int]:
 
 def _span(marks: Sequence[Mark]) -> tuple[int, int]:
     """(first forward of the kept step, last mark before the next step's)."""
-    steps, first = 0, []
+    steps, first = 0, list[int]()
     for index, mark in enumerate(marks):
         if mark.phase == "forward" and len(first) == steps:
             first.append(index)

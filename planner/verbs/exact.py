@@ -17,18 +17,21 @@ from planner.spec import RunSpec
 from planner.traced import Traced, traced_estimate
 
 
-def exact_estimate(spec: RunSpec) -> Estimate:
+def exact_estimate(
+    spec: RunSpec, *, trust_code: bool = False, model_class: str | None = None
+) -> Estimate:
     """The answer with its memory traced instead of modelled, for any model of transformers.
 
     The time is the planner's model of the step's work: of its own program where it knows the
     family, else of the traced operations. Raises MissingExtraError without torch, InputError for a
-    model that cannot be built.
+    model that cannot be built. trust_code, model_class: code of the user's own that may run; the
+    planner's formulas then say nothing of the model.
     """
     device = device_of(spec)
-    model = _known(spec)
+    model = None if trust_code or model_class else _known(spec)
     if model is not None:
         check(spec, model)
-    traced = _trace(spec, device)
+    traced = _trace(spec, device, trust_code, model_class)
     if model is None:
         return traced_estimate(spec, device, spec.model, traced)
     with suppress(UnsupportedError):  # a step that is not modelled: the traced work stands
@@ -47,12 +50,13 @@ def _known(spec: RunSpec) -> Model | None:
         return None
 
 
-def _trace(spec: RunSpec, device: Device) -> Traced:
+def _trace(spec: RunSpec, device: Device, trust: bool, model_class: str | None) -> Traced:
     try:
         from probes.dry.exact import traced_run
+        from probes.dry.own import OwnCode
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("planner", "probes", "recipes"):
             raise
         raise MissingExtraError("fit --exact", "train", missing) from None
-    return traced_run(spec, device)
+    return traced_run(spec, device, OwnCode(trust, model_class))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from planner.arguments import Flag, parse_arguments
+from planner.arguments import Arguments, Flag, parse_arguments
 from planner.errors import UnsupportedError
 from planner.estimate import Estimate, estimate
 from planner.spec import RunSpec
@@ -14,6 +14,8 @@ FLAGS = (
     Flag("max", "the largest micro_batch_size, sequence_length, lora.rank or images_per_sample "
          "that fits", "FIELD"),
     Flag("exact", "trace the real modelling code on the meta device (needs vramwise[train])"),
+    Flag("trust-code", "with --exact: run the python files that a model's folder names"),
+    Flag("model-class", "with --exact: path/to/file.py:Class or module:Class", "CLASS"),
     Flag("price-per-hour", "of the card: what the run costs", "PRICE"),
 )  # fmt: skip
 
@@ -25,7 +27,7 @@ def run(arguments: list[str]) -> int:
     spec = given.run_spec()
     if given.given.get("max"):
         return _largest(spec, given.given["max"], given.json)
-    answer = _exact(spec) if given.given.get("exact") else estimate(spec)
+    answer = _exact(spec, given) if given.given.get("exact") else estimate(spec)
     if given.json:
         values = answer.as_dict()
         values["run"] = _run_cost(answer, price)
@@ -77,7 +79,8 @@ def _largest(spec: RunSpec, field: str, as_json: bool) -> int:
     return 1 if found.value is None or found.answer is None else 0
 
 
-def _exact(spec: RunSpec) -> Estimate:
+def _exact(spec: RunSpec, given: Arguments) -> Estimate:
     from planner.verbs.exact import exact_estimate
 
-    return exact_estimate(spec)
+    trusted, named = bool(given.given.get("trust_code")), given.given.get("model_class")
+    return exact_estimate(spec, trust_code=trusted, model_class=named)

@@ -17,6 +17,8 @@ _TOP_ROWS = 12
 FLAGS = (
     Flag("timeline", "a picture of the step: .html or .png", "FILE"),
     Flag("snapshot", "a .pickle that torch's memory viewer opens", "FILE"),
+    Flag("trust-code", "run the python files that a model's folder names (auto_map)"),
+    Flag("model-class", "a class of your own: path/to/file.py:Class or module:Class", "CLASS"),
     Flag("dry", "trace on the meta device, no GPU"),
 )
 
@@ -28,10 +30,12 @@ def run_dry(arguments: list[str]) -> int:
     timeline = _output(given, "timeline", (".html", ".png"))
     snapshot = _output(given, "snapshot", (".pickle",))
     from probes.dry.exact import answer
+    from probes.dry.own import OwnCode
     from probes.dry.target import target_of_spec
     from probes.dry.trace import trace
 
-    traced = trace(spec, target=target_of_spec(spec))
+    code = OwnCode(bool(given.given.get("trust_code")), given.given.get("model_class"))
+    traced = trace(spec, target=target_of_spec(spec), code=code)
     result = answer(traced)
     if timeline:
         from probes.dry.picture import save_timeline

@@ -18,7 +18,11 @@ _PARTS = (
 
 def components(model: Any) -> dict[str, str]:
     """Component of every module that has parameters or buffers of its own, by path."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # a class of the user's own that does not say
+        embeddings = None
+    head = model.get_output_embeddings()
     found = {}
     for path, module in model.named_modules():
         if module is head:

@@ -10,6 +10,7 @@ from planner.memory.replay import EMPTY_CACHE, smallest_cap
 from planner.spec import RunSpec
 from planner.traced import Traced
 from probes.dry.events import Trace, stream
+from probes.dry.own import OwnCode
 from probes.dry.target import target_of, target_of_spec
 from probes.dry.terms import instants, peak_operation, terms
 from probes.dry.trace import trace
@@ -29,9 +30,9 @@ def exact(spec: RunSpec) -> dict[str, Any]:
     return answer(trace(spec, target=target_of_spec(spec)))
 
 
-def traced_run(spec: RunSpec, device: Device) -> Traced:
+def traced_run(spec: RunSpec, device: Device, code: OwnCode | None = None) -> Traced:
     """Trace `spec` for `device`, as `planner.traced` takes it."""
-    traced = trace(spec, target=target_of(device))
+    traced = trace(spec, target=target_of(device), code=code)
     replayed = traced.replayed
     counts = traced.parameters_by_component
     return Traced(

@@ -89,12 +89,15 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     )
 
 
-def build(spec: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
-    """The base model on meta, as `from_pretrained` leaves it (quantised, not yet adapted)."""
+def build(
+    spec: RunSpec, config: PretrainedConfig, cls: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
+    """The base model on meta, as `from_pretrained` leaves it (quantised, not yet adapted).
+    `cls`: not transformers' own choice."""
     _complete_vocabulary(config)
-    config._attn_implementation = spec.attention
-    cls = model_class(config)
-    with torch.device("meta"), no_init_weights(), _refused("model"):
+    config._attn_implementation = spec.attention if _offers(cls, spec.attention) else "eager"
+    cls = cls or model_class(config)
+    with torch.device("meta"), no_init_weights(), refused("model"):
         model = cls._from_config(config, dtype=weights_dtype(spec))
     model.tie_weights()
     model.config.use_cache = False  # TrainingArguments.use_cache
@@ -102,6 +105,11 @@ def build(spec: RunSpec, config: PretrainedConfig) -> PreTrainedModel:
     if spec.quantization != "none":
         quantize(model, spec)
     return model
+
+
+def _offers(cls: type[PreTrainedModel] | None, attention: str) -> bool:
+    """A class that does not say that it takes SDPA loads as "eager", whatever its own code does."""
+    return cls is None or attention != "sdpa" or bool(getattr(cls, "_supports_sdpa", False))
 
 
 def quantize(model: PreTrainedModel, spec: RunSpec) -> None:
@@ -142,12 +150,15 @@ def adapt(
         empty_cache()  # its auto_clear_cache
     if spec.method == "full":
         return model
-    with torch.device("meta"), _refused(spec.adapter):
-        return get_peft_model(model, adapter_config(spec))
+    config = adapter_config(spec)
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        config.task_type = None  # peft's class for causal models also generates
+    with torch.device("meta"), refused(spec.adapter):
+        return get_peft_model(model, config)
 
 
 @contextmanager
-def _refused(field: str) -> Iterator[None]:
+def refused(field: str) -> Iterator[None]:
     """What transformers or peft refuse to build is the spec's problem."""
     try:
         yield

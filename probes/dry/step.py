@@ -12,7 +12,8 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 
 from planner.spec import RunSpec
 from probes.dry.autocast import CudaSemantics
-from probes.dry.model import DTYPES
+from probes.dry.model import DTYPES, refused
+from probes.dry.own import accepted
 from probes.dry.recorder import Recorder
 
 Batch = dict[str, torch.Tensor]
@@ -37,12 +38,13 @@ class StockStep:
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         if self.spec.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={
-                    "use_reentrant": False,
-                    "context_fn": self._checkpoint_contexts,
-                }
-            )
+            with refused("gradient_checkpointing"):
+                self.model.gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={
+                        "use_reentrant": False,
+                        "context_fn": self._checkpoint_contexts,
+                    }
+                )
 
     def run(self) -> None:
         """One optimizer step: the micro batches, clip, update, zero. All batches are held, but of
@@ -64,7 +66,9 @@ class StockStep:
         """A prediction step with the loss only, as `Trainer.evaluate` without metrics."""
         self.model.eval()
         with self.recorder.during("evaluate"), torch.no_grad():
-            outputs = self._forward(**inputs)
+            outputs = self._forward(**accepted(self.model, inputs))
+            if not isinstance(outputs, dict):
+                outputs = {"loss": outputs[0], **dict(enumerate(outputs[1:]))}
             loss = outputs["loss"].mean().detach()
             logits = tuple(v for k, v in outputs.items() if k != "loss" and v is not None)
             del outputs, logits, loss
@@ -96,8 +100,10 @@ class StockStep:
         return loss.detach()
 
     def _loss(self, inputs: Batch) -> torch.Tensor:
-        outputs = self._forward(**inputs, num_items_in_batch=self._held["items"])
-        loss = outputs["loss"]
+        given = {**inputs, "num_items_in_batch": self._held["items"]}
+        outputs = self._forward(**accepted(self.model, given))
+        del given
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
         loss *= 1  # average_tokens_across_devices: in place, over the number of processes
         return loss
 

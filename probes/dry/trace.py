@@ -19,6 +19,7 @@ from probes.dry.events import Event, Trace
 from probes.dry.lean import LeanRun, adapt_lean
 from probes.dry.load import load
 from probes.dry.optimizers import create_optimizer
+from probes.dry.own import OwnCode, resolve
 from probes.dry.recorder import Recorder
 from probes.dry.scope import Scope
 from probes.dry.step import StockStep
@@ -27,12 +28,16 @@ from probes.dry.target import Target
 
 def trace(
     spec: RunSpec, *, layers: int | None = None, config: PretrainedConfig | None = None,
-    steps: int = 2, target: Target | None = None,
+    steps: int = 2, target: Target | None = None, code: OwnCode | None = None,
 ) -> Trace:  # fmt: skip
     """Trace `spec` on the meta device. `layers`: build that many decoder layers; `config`: a
-    transformers config instead of `spec.model`. Raises InputError for a model that cannot be built.
+    transformers config instead of `spec.model`; `code`: what code of the user's own may run.
+    Raises InputError for a model that cannot be built.
     """
     started = time.perf_counter()
+    own = None if config else resolve(spec.model, code or OwnCode())
+    if own is not None:
+        config = own.config
     config = copy.deepcopy(config) if config else models.load_config(spec.model)
     config = models.shortened(config, layers)
     scope = Scope()
@@ -40,7 +45,9 @@ def trace(
     recorder.target = target or Target()
     semantics = CudaSemantics(recorder)
     with flash_view():
-        base = models.build(spec, config)
+        base = models.build(spec, config, own.cls if own else None)
+    if own is not None and own.note:
+        recorder.note_unknown(own.note)
     batches = Batches(spec, config, base)
     parts, counts = components(base), count_parameters(base)
     with scope.hooked(), recorder, cuda_view(semantics):
@@ -71,7 +78,7 @@ def trace(
             step.run()
         events = recorder.take()
         evaluation = _evaluate(batches, step) if spec.evaluation_batch_size else []
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = getattr(config.get_text_config(), "vocab_size", 0)
     categorise(events, vocabulary)
     categorise(evaluation, vocabulary)
     result = Trace(

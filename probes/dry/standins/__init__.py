@@ -7,6 +7,7 @@ the operation returns; it tells the recorder of the kernel's own temporaries.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -31,10 +32,14 @@ def stands_for(*names: str) -> Callable[[Standin], Standin]:
 
 def lookup(func: Any) -> Standin | None:
     """The stand-in of an operation, or None when its meta kernel tells the truth."""
-    if not _TABLE:
-        for name in _FILES:
-            import_module(f"probes.dry.standins.{name}")
+    _load()
     return _TABLE.get(func._schema.name)
+
+
+@cache
+def _load() -> None:
+    for name in _FILES:
+        import_module(f"probes.dry.standins.{name}")
 
 
 _KNOWN_LIBRARIES = ("aten", "prims", "bitsandbytes", "profiler")

@@ -1,7 +1,9 @@
 """bitsandbytes in 8 bits on CUDA (backends/cuda/ops.py and default/ops.py, 0.50), and its optimizer
 kernels, which update in place.
 
-Which activation columns are outliers depends on the data: none are taken to be.
+Which activation columns are outliers depends on the data: `outlier_columns` says how many, and says
+none. With some, their part of the product is made in 16 bits, and their activations (`subA`) are
+kept for backward by MatMul8bitLt.
 """
 
 from __future__ import annotations
@@ -36,9 +38,39 @@ def vectorwise_quant(recorder: Any, func: Any, args: tuple, kwargs: dict[str, An
 
 @stands_for("bitsandbytes::int8_mixed_scaled_mm")
 def mixed_scaled_mm(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """(A @ W^T, the outlier columns of A)."""
+    """(A @ W^T, the outlier columns of A). With outliers: their weights' codes, in fp32 twice, in
+    A's dtype; then `output.addmm(subA, subB)`, which autocast casts, last argument first."""
     A, codes, weights = args[:3]
-    return _scaled_mm(recorder, func, codes, weights, A.dtype), A.new_empty((0,))
+    count = outlier_columns(recorder, A)
+    if not count:
+        return _scaled_mm(recorder, func, codes, weights, A.dtype), A.new_empty((0,))
+    columns = A.new_empty((A.shape[0], count))
+    recorder.track(columns, func)
+    elements = weights.shape[0] * count
+    taken = recorder.begin(func, elements, "int8")
+    scaled, single = (recorder.begin(func, elements * 4, "float32") for _ in range(2))
+    recorder.end(scaled)
+    if A.dtype is not torch.float32:
+        whole, single = single, recorder.begin(func, elements * A.element_size())
+        recorder.end(whole)
+    recorder.end(taken)
+    output = _scaled_mm(recorder, func, codes, weights, A.dtype)
+    recorder.track(output, func)
+    dtype = recorder.autocast_dtype or A.dtype
+    casts = []
+    if dtype is not A.dtype:
+        sizes = (elements, columns.numel(), output.numel())
+        casts = [recorder.begin("autocast", size * dtype.itemsize) for size in sizes]
+    result = torch.empty_like(output, dtype=dtype)
+    recorder.track(result, func)
+    for event in [*casts, single]:
+        recorder.end(event)
+    return result, columns
+
+
+def outlier_columns(recorder: Any, A: torch.Tensor) -> int:
+    """How many columns of A hold a value past the threshold: not known without the data."""
+    return 0
 
 
 @stands_for("bitsandbytes::int8_scaled_mm")
