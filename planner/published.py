@@ -91,7 +91,8 @@ def published_markdown(rows: Sequence[Published]) -> str:
         "results/published.csv. GiB. The prediction is for today's libraries, samples of full "
         "length, and LoRA without dropout where the source names none. `outside` is what lies "
         "beside torch's allocator. The difference is taken to the column that the source's meter "
-        "means (nvidia-smi: reserved + outside; none named: required + outside).",
+        "means (nvidia-smi: reserved + outside, or 0 between required + outside and the card's "
+        "size where that is more than the card has; none named: required + outside).",
         f"## Stated well enough to be answered: {len(stated)}",
         _answered(stated),
         f"## Not answered: {sum(row.rows for row in others)} figures, with what is missing",
@@ -123,14 +124,21 @@ def _answered(rows: Sequence[Published]) -> str:
 
 
 def difference(row: Published, answer: Estimate) -> float:
-    """Predicted over published, less one."""
+    """Predicted over published, less one. nvidia-smi shows what torch reserved while the card had
+    room; where it had not, anything from the requirement to the card's size."""
+    published = round(float(row.published) * GIB)
+    outside = answer.non_torch_bytes
+    used = answer.peak_reserved_bytes + outside
+    if row.figure == "device_used_bytes" and used > answer.device_total_bytes:
+        low, high = answer.device_required_bytes, answer.device_total_bytes
+        return min(high / published - 1, 0.0) if published > low else low / published - 1
     predicted = {
         "peak_allocated_bytes": answer.peak_allocated_bytes,
         "peak_reserved_bytes": answer.peak_reserved_bytes,
-        "device_used_bytes": answer.peak_reserved_bytes + answer.non_torch_bytes,
+        "device_used_bytes": used,
         "unsaid": answer.device_required_bytes,
     }[row.figure]
-    return predicted / (float(row.published) * GIB) - 1
+    return predicted / published - 1
 
 
 def _unanswered(rows: Sequence[Published]) -> str:

@@ -75,14 +75,21 @@ def _ask(tool: Tool, release: str, row: Measured, meters: Meters) -> Iterator[To
         raise  # a package that the tool needs: nothing it says about the run
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        status, words = "refused", said.partition(" [type=")[0]
+        status, words = "refused", _cut(said.partition(" [type=")[0])
     for quantity in tool.quantities:
         told, why = status, words
         if answers and quantity not in answers:
-            told, why = "not offered", "no such figure"
+            told, why = "not offered", "no such figure for adapters or quantised weights"
         low, high = measured_range(row, meters, quantity)
         yield ToolRow(tool.distribution, release, row.key, row.spec.model, quantity, told,
-                      answers.get(quantity), low, high, why[:400])  # fmt: skip
+                      answers.get(quantity), low, high, why)  # fmt: skip
+
+
+def _cut(words: str) -> str:
+    """At most 400 characters, whole sentences where there are some."""
+    if len(words) <= 400:
+        return words
+    return words[:400].rpartition(". ")[0] or words[:400]
 
 
 def measured_range(row: Measured, meters: Meters, quantity: Quantity) -> tuple[int, int]:

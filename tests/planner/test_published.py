@@ -61,3 +61,18 @@ def test_a_difference_is_taken_to_what_the_meter_means() -> None:
     )
     expected = (answer.peak_reserved_bytes + answer.non_torch_bytes) / GIB / float(used.published)
     assert difference(used, answer) == pytest.approx(expected - 1)
+
+
+def test_a_full_cards_reading_is_held_against_the_range_it_allows() -> None:
+    """Mistral 7B, full, 8 x 4096: torch would reserve more than the A100 has, and nvidia-smi showed
+    71.28 GiB: more than the requirement, less than the card."""
+    rows = [row for row in read_published(FILE) if row.spec is not None]
+    row = next(r for r in rows if r.figure == "device_used_bytes" and r.published == "71.28")
+    assert row.spec is not None
+    answer = estimate(row.spec)
+    assert answer.peak_reserved_bytes + answer.non_torch_bytes > answer.device_total_bytes
+    assert difference(row, answer) == 0
+    above = row._replace(published="90")
+    assert difference(above, answer) == pytest.approx(answer.device_total_bytes / GIB / 90 - 1)
+    below = row._replace(published="50")
+    assert difference(below, answer) == pytest.approx(answer.device_required_bytes / GIB / 50 - 1)

@@ -42,6 +42,14 @@ def test_what_a_tool_raises_is_its_refusal() -> None:
     }
 
 
+def test_long_words_end_with_a_sentence() -> None:
+    def ask(spec: RunSpec) -> Answers:
+        raise ValueError("No towers. " + "Why not: " + "x" * 500)
+
+    row, _ = ask_all([MEASURED], METERS, [_tool(ask)])
+    assert row.words == "ValueError: No towers"
+
+
 def test_what_a_tool_lacks_is_told_apart() -> None:
     def ask(spec: RunSpec) -> Answers:
         raise NotOffered("no adapters")
