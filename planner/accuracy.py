@@ -73,6 +73,8 @@ def report_markdown(
         parts.append(_by(rows, kind, measured))
         if title == "quantization" and any(_is_random_int8(row, measured) for row in rows):
             parts.append(_RANDOM_INT8)
+        if title == "process":
+            parts.append(_USED_PROCESS)
     if tools:
         parts += ["## Beside other tools, on the same rows", TOOLS_NOTE, tools_table(tools, rows)]
         parts += ["Median by family, with how many were answered:", families_table(tools, rows)]
@@ -135,18 +137,20 @@ def boundaries(rows: Sequence[Residual]) -> str:
     """False verdicts of the allocator's interval at the caps that failed and passed."""
     bracketed = [row for row in rows if row.required is not None]
     false_fits = false_refusals = 0
-    widths = []
+    widths: dict[bool, list[float]] = {False: [0.0], True: [0.0]}
     for row in bracketed:
         low, high = row.predicted.allocator_required_interval_bytes
         false_fits += high <= (row.measured.failed_cap_bytes or 0)
         false_refusals += low > (row.measured.passed_cap_bytes or 0)
-        widths.append((high - low) / row.predicted.allocator_required_bytes)
+        width = (high - low) / row.predicted.allocator_required_bytes
+        widths[row.measured.spec.quantization == "int8"].append(width)
     if not bracketed:
         return "No bisected record."
     return (
         f'{len(bracketed)} bisected records: {false_fits} would be told "fits" at the cap that '
         f'failed, {false_refusals} "does not fit" at the cap that passed. Intervals are '
-        f"{max(widths):.1%} of the requirement wide at most."
+        f"{max(widths[False]):.1%} of the requirement wide at most"
+        + (f", of 8 bits {max(widths[True]):.1%}." if any(widths[True]) else ".")
     )
 
 
@@ -228,7 +232,14 @@ _KINDS: dict[str, Kind] = {
         "checkpointed" if row.measured.spec.gradient_checkpointing else "plain"
     ),
     "method": lambda row, _: row.measured.spec.method,
+    "process": lambda row, _: "fresh" if row.measured.fresh else "after other shapes",
 }
+
+_USED_PROCESS = (
+    "A load may serve several shapes. What is allocated is that of a fresh process; reserved "
+    "bytes and the smallest cap depend on where earlier shapes left segments, since the allocator "
+    "takes the lowest of equal holes. Predictions are of a fresh process."
+)
 
 _RANDOM_INT8 = (
     "The int8 records are a group of their own: their weights were drawn at random. bitsandbytes' "

@@ -31,6 +31,7 @@ class Measured:
     passed_cap_bytes: int | None
     non_torch_bytes: int
     step_s: float
+    fresh: bool = True  # the first shape of its process: segments lie as in a user's run
 
     @property
     def held_out(self) -> bool:
@@ -90,6 +91,7 @@ def _measured(line: str) -> Measured | None:
         passed_cap_bytes=capacity.get("passed_cap_bytes"),
         non_torch_bytes=meters["driver"]["used_bytes"] - meters["peak_reserved_bytes"],
         step_s=meters["step_seconds"]["median_s"],
+        fresh=not (record.get("process") or {}).get("position"),
     )
 
 
