@@ -171,18 +171,18 @@ def record(key: str, values: Mapping[str, Any]) -> History:
     runner = runner_for(loading.adapt(session.base, spec, meter.device))
     marks: list[Mark] = []
 
+    def mark(phase: str) -> None:
+        stats = torch.cuda.memory_stats()
+        made, live = stats["allocation.all.allocated"], stats["allocated_bytes.all.current"]
+        marks.append(Mark(phase, made, live))
+
     class Clock(PhaseClock):
         def enter(self, phase: str | None) -> None:
-            stats = torch.cuda.memory_stats()
-            marks.append(
-                Mark(
-                    phase or "", stats["allocation.all.allocated"],
-                    stats["allocated_bytes.all.current"],
-                )
-            )  # fmt: skip
+            mark(phase or "")
             super().enter(phase)
 
     torch.cuda.memory._record_memory_history(max_entries=_MAX_ENTRIES, context=None)
+    mark("")  # the history's beginning
     try:
         runner.run(Clock(meter), STEPS)
         torch.cuda.synchronize()
