@@ -19,8 +19,8 @@ from planner.spec import RunSpec
 from planner.throughput.model import step_time
 from planner.verdict import Verdict, worst
 
-SAME, ROUNDS, DIFFERENT, PROVISIONAL = (
-    "", "other rounding", "changes what is learned", "provisional figures",
+SAME, ROUNDS, DIFFERENT, RECIPES = (
+    "", "other rounding", "changes what is learned", "by `vramwise train`",
 )  # fmt: skip
 _RANK = {"fits": 0, "tight": 1, "does_not_fit": 2}
 _SPARE = 2  # weighed beyond those shown: the allocator may turn an order
@@ -265,7 +265,7 @@ def _data(spec: RunSpec) -> Iterator[Change]:
 
 def _stack(spec: RunSpec) -> Iterator[Change]:
     if spec.stack == "stock":
-        yield Change({"stack": "lean"}, PROVISIONAL)
+        yield Change({"stack": "lean"}, RECIPES)
 
 
 _RULES: tuple[Callable[[RunSpec], Iterator[Change]], ...] = (

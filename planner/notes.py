@@ -39,7 +39,5 @@ def notes(
         told.append("memory outside torch's allocator is bounded, not measured, on this card")
     if spec.device is None and device.note:
         told.append(device.note)
-    if spec.stack == "lean":
-        told.append("lean figures are provisional")
     told.extend(interval.notes)
     return told
