@@ -9,12 +9,13 @@ split off, so what torch reports as allocated comes from here too.
 from array import array
 from typing import NamedTuple
 
-from planner.memory.allocator import SMALL_BUFFER_BYTES
+from planner.memory.allocator import LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES
+from planner.memory.expandable import expandable_replay
 from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading
 from planner.memory.pools import CAPPED, RELEASE, RESET, Part, settle
 from planner.memory.program import Program
-from planner.memory.storage import BLOCK_BYTES, Recorder
+from planner.memory.storage import Recorder
 
 RESOLUTION = 400  # the smallest cap is sought to a part in so many
 
@@ -117,30 +118,22 @@ def _first_product(program: Program, start: int) -> int:
 
 
 def _expandable(parts: list[Part]) -> Reserve:
-    """With expandable segments, by the general model."""
-    from planner.memory.replay import RESET_PEAKS, replay, smallest_cap
-
-    load = _stream([part for part in parts if part.flags & RELEASE])
-    steps = _stream([part for part in parts if not part.flags & RELEASE])
-    loaded = replay(load, expandable_segments=True)
-    stream = [*load, RESET_PEAKS, *steps]
-    free = replay(stream, expandable_segments=True)
-    required = smallest_cap(
-        stream, expandable_segments=True, resolution_bytes=free.peak_reserved_bytes // RESOLUTION
-    )
+    """With expandable segments, by the general model: the cap holds from the start."""
+    load = [part for part in parts if part.flags & RELEASE]
+    steps = [part for part in parts if not part.flags & RELEASE]
+    steps[0] = steps[0]._replace(flags=RESET)
+    loaded = expandable_replay(load)(-1)
+    replay = expandable_replay([*load, *steps])
+    free = replay(-1)
+    low, high = free.peak_allocated - 1, free.peak_reserved
+    while not replay(high).ok:
+        high += LARGE_BUFFER_BYTES  # torch checks a whole segment even where it maps fewer pages
+    while high - low > free.peak_reserved // RESOLUTION:
+        middle = (low + high) // 2
+        if replay(middle).ok:
+            high = middle
+        else:
+            low = middle
     return Reserve(
-        loaded.allocated_bytes, loaded.peak_allocated_bytes, free.peak_allocated_bytes,
-        free.peak_reserved_bytes, required,
+        loaded.allocated, loaded.peak_allocated, free.peak_allocated, free.peak_reserved, high
     )  # fmt: skip
-
-
-def _stream(parts: list[Part]) -> list[tuple[int, int]]:
-    from planner.memory.replay import EMPTY_CACHE
-
-    events: list[tuple[int, int]] = []
-    for part in parts:
-        sizes, base = [size or BLOCK_BYTES for size in part.sizes], part.base
-        events += [(base + i, sizes[i]) if i >= 0 else (base + ~i, 0) for i in part.events]
-        if part.flags & RELEASE:
-            events.append(EMPTY_CACHE)
-    return events
