@@ -89,7 +89,7 @@ def _measured(line: str) -> Measured | None:
         peak_reserved_bytes=meters["peak_reserved_bytes"],
         failed_cap_bytes=capacity.get("failed_cap_bytes"),
         passed_cap_bytes=capacity.get("passed_cap_bytes"),
-        non_torch_bytes=meters["driver"]["used_bytes"] - meters["peak_reserved_bytes"],
+        non_torch_bytes=meters["driver"]["non_torch_bytes"] + meters["driver"]["others_used_bytes"],
         step_s=meters["step_seconds"]["median_s"],
         fresh=not (record.get("process") or {}).get("position"),
     )
