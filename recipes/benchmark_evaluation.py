@@ -1,4 +1,4 @@
-"""The benchmark's evaluation: option scoring beside the seed's way; and a call's kernels by time."""
+"""The benchmark's evaluation: option scoring beside the seed's way; what a call's kernels cost."""
 
 from __future__ import annotations
 

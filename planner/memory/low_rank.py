@@ -39,7 +39,7 @@ class GaLore(Optimizer):
         return [State(low_shape(leaf), leaf.dtype)] * 2
 
     def _projection(self, leaf: Tensor) -> State:
-        """"std": the rows of Vh for a tall gradient, else the columns of U."""
+        """ "std": the rows of Vh for a tall gradient, else the columns of U."""
         rows, columns = leaf.shape
         least = min(rows, columns)
         rank = least if leaf.dtype is F32 else min(RANK, least)

@@ -159,9 +159,7 @@ def forward(
 _IMAGES_AT_ONCE = 4  # recipes.images
 
 
-def _image_codes(
-    t: Engine, loaded: Loaded, geometry: ChameleonGeometry, pixels: Tensor
-) -> None:
+def _image_codes(t: Engine, loaded: Loaded, geometry: ChameleonGeometry, pixels: Tensor) -> None:
     """The lean stack's images: codes without a graph, a few at a time, put among the token ids."""
     from planner.memory.vocabulary import minimum
     from planner.models.chameleon_vq import VqEncoder
