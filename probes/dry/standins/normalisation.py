@@ -36,5 +36,7 @@ def layer_norm_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str,
         for result in results:
             if result is not None:
                 recorder.track(result, func)
-        recorder.temporary(func, grad.numel() * grad.element_size(), dtype=str(grad.dtype))
+        copy = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        recorder.track(copy, func)
+        del copy
     return results

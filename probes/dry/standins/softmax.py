@@ -16,6 +16,7 @@ def softmax_backward(recorder: Any, func: Any, args: tuple, kwargs: dict[str, An
     grad, output, _, dtype = args
     result = torch.empty_like(grad, dtype=dtype)
     recorder.track(result, func)
-    product = torch.promote_types(grad.dtype, output.dtype)
-    recorder.temporary(func, grad.numel() * product.itemsize, dtype=str(product))
+    product = torch.empty_like(grad, dtype=torch.promote_types(grad.dtype, output.dtype))
+    recorder.track(product, func)
+    del product
     return result
