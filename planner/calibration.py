@@ -63,6 +63,11 @@ def band_key(stack: str, gradient_checkpointing: bool, quantization: str) -> str
     return f"{stack}, {kind}, int8" if quantization == "int8" else f"{stack}, {kind}"
 
 
+def covered_name(stack: str, model_type: str) -> str:
+    """What stands in `model_types` for a family whose steps of a stack were measured."""
+    return model_type if stack == "stock" else f"{stack} {model_type}"
+
+
 def user_file() -> Path:
     """Where `vramwise calibrate` keeps what it learnt."""
     base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"

@@ -3,7 +3,7 @@
 # Annotations stay objects here: named tuples would compile each string at import.
 from typing import Any, Literal, NamedTuple
 
-from planner.calibration import WIDENING, Band, band_key, calibration_of
+from planner.calibration import WIDENING, Band, band_key, calibration_of, covered_name
 from planner.models.registry import Model
 from planner.spec import RunSpec
 from planner.versions import release_line, version_notes
@@ -32,7 +32,7 @@ def requirement_interval(
     band = calibration.bands.get(key)
     covered = (
         band is not None
-        and model.model_type in calibration.model_types
+        and covered_name(spec.stack, model.model_type) in calibration.model_types
         and all(
             release_line(getattr(spec.versions, library)) == release_line(version)
             for library, version in calibration.versions.items()

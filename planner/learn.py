@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from planner.calibration import Band, Calibration, Rates, band_key
+from planner.calibration import Band, Calibration, Rates, band_key, covered_name
 from planner.devices import find_device
 from planner.errors import InputError, Problem
 from planner.memory.program import run
@@ -47,7 +47,9 @@ def learn(device_name: str, rows: Sequence[Residual]) -> Calibration:
         device=device.id,
         rates=fit_rates(timed),
         bands=bands(rows),
-        model_types=tuple(sorted({_model_type(row) for row in rows})),
+        model_types=tuple(
+            sorted({covered_name(row.measured.spec.stack, _model_type(row)) for row in rows})
+        ),
         versions={"torch": spec.versions.torch, "transformers": spec.versions.transformers},
         records=len(rows),
     )

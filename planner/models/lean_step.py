@@ -30,9 +30,11 @@ class LeanLayers:
     def __init__(self, t: Engine, loaded: Loaded, geometry: Any) -> None:
         if loaded.spec.quantization == "int8":
             raise UnsupportedError("quantization: int8 is not modelled for the lean stack; try nf4")
-        if geometry.fused_projections or geometry.sandwich_norms or geometry.swin_norm:
-            raise UnsupportedError("stack: lean is not modelled for this family's layers")
         self.t, self.loaded, self.g = t, loaded, geometry
+        fused = geometry.fused_projections
+        self.qkv: tuple[str, ...] = ("qkv",) if fused else ("q", "k", "v")
+        self.gate_up: tuple[str, ...] = ("gate_up",) if fused else ("gate", "up")
+        self.sandwiched = geometry.sandwich_norms  # norms after attention and MLP keep their inputs
         self.dtype = DType(loaded.spec.weights_dtype)
 
     def layer(self, prefix: str, hidden: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class LeanLayers:
         checkpoint = reached and self.loaded.spec.gradient_checkpointing
         with t.no_grad():
             held = self._body(linears, hidden, keep=reached and not checkpoint)
-            out = self._linear(linears["down"], held["product"])
+            out = self._mlp_output(linears, held, keep=reached and not checkpoint)
         if not reached:
             return out
         saved = (hidden,) if checkpoint else (hidden, *held.values())
@@ -52,8 +54,11 @@ class LeanLayers:
         shape = hidden.shape
 
         def backward(grad: Tensor) -> tuple[Tensor | None, ...]:
-            recomputed = self._body(linears, Tensor(None, shape, self.dtype), keep=True) \
-                if checkpoint else None  # fmt: skip
+            recomputed = None
+            if checkpoint:
+                recomputed = self._body(linears, Tensor(None, shape, self.dtype), keep=True)
+                if self.sandwiched:  # recomputed whole
+                    self._mlp_output(linears, recomputed, keep=True)
             gradients = self._backward(linears, shape, recomputed)
             del recomputed
             made = t.new(shape, self.dtype, "layer (input gradient)")
@@ -66,9 +71,11 @@ class LeanLayers:
         """Everything up to the last linear's input; all that backward reads where `keep`."""
         t, g, (batch, length, _) = self.t, self.g, hidden.shape
         kept: dict[str, Tensor] = {"x1": self._new(hidden.shape, "norm")}
-        projected = {n: self._linear(linears[n], kept["x1"]) for n in ("q", "k", "v")}
+        projected = {n: self._linear(linears[n], kept["x1"]) for n in self.qkv}
         if not keep:
             del kept["x1"]
+        if "qkv" in projected:  # q, k and v are views of it
+            projected = dict.fromkeys(("q", "k", "v"), projected["qkv"])
         heads = {"q": g.num_attention_heads, "k": g.num_key_value_heads, "v": g.num_key_value_heads}
         turned = {}
         for name, count in heads.items():
@@ -90,18 +97,30 @@ class LeanLayers:
         del turned, statistics
         residual = self._linear(linears["o"], out)  # the residual is added in place
         del out
+        if self.sandwiched:
+            attended, residual = residual, self._new(hidden.shape, "residual")
+            kept |= {"attended": attended} if keep else {}
+            del attended
         x2 = self._new(hidden.shape, "norm")
-        gate, up = self._linear(linears["gate"], x2), self._linear(linears["up"], x2)
-        if keep:
-            kept |= {"residual": residual, "x2": x2, "gate": gate, "up": up}
-            product = self._new(gate.shape, "activation * up")
+        inner = {name: self._linear(linears[name], x2) for name in self.gate_up}
+        kept |= {"residual": residual, "x2": x2, **inner} if keep else {"residual": residual}
+        if keep or "gate" not in inner:
+            width = linears["down"].in_features
+            kept["product"] = self._new((batch, length, width), "activation * up")
         else:
-            product = gate  # written over it
-        del gate, up, x2
-        kept["product"] = product
-        if not keep:
-            kept["residual"] = residual
+            kept["product"] = inner["gate"]  # written over it
         return kept
+
+    def _mlp_output(
+        self, linears: dict[str, Linear], held: dict[str, Tensor], keep: bool
+    ) -> Tensor:
+        """The last linear, the norm after it where there is one, the residual in place."""
+        out = self._linear(linears["down"], held["product"])
+        if not self.sandwiched:
+            return out
+        if keep:
+            held["mlp output"] = out
+        return self._new(out.shape, "residual")
 
     def _backward(
         self, linears: dict[str, Linear], shape: Any, held: dict[str, Tensor] | None
@@ -110,12 +129,13 @@ class LeanLayers:
         t = self.t
         found: dict[str, list[Tensor]] = {}
         inner = self._linear_backward(linears["down"], shape, found, "down")
-        for name in ("up", "gate"):  # their gradients take gate's and up's place
+        for name in reversed(self.gate_up):  # their gradients take gate's and up's place
             self._linear_backward(linears[name], shape, found, name)
         del inner
         if held is not None:
-            for name in ("product", "gate", "up", "x2", "residual"):
+            for name in ("product", *self.gate_up, "x2", "residual"):
                 held.pop(name)
+            held.pop("mlp output", None)
         attended = self._linear_backward(linears["o"], shape, found, "o")
         g, (batch, length, _) = self.g, shape
         shapes = [
@@ -130,7 +150,7 @@ class LeanLayers:
             10 * rows * length * length * g.head_dim // 2, 8 * prod(shapes[0]), self.dtype
         )
         del workspace, attended
-        for name in ("q", "k", "v"):
+        for name in self.qkv:
             self._linear_backward(linears[name], shape, found, name)
         del grads
         return [grad for name in linears for grad in found.get(name, [])]
@@ -218,8 +238,10 @@ def lean_loss(
 
 
 def _names(g: Any) -> dict[str, str]:
-    attention = {n: f"self_attn.{n}_proj" for n in "qkvo"}
-    return {**attention, **{n: f"mlp.{n}_proj" for n in ("gate", "up", "down")}}
+    qkv = ("qkv",) if g.fused_projections else ("q", "k", "v")
+    gate_up = ("gate_up",) if g.fused_projections else ("gate", "up")
+    attention = {n: f"self_attn.{n}_proj" for n in (*qkv, "o")}
+    return {**attention, **{n: f"mlp.{n}_proj" for n in (*gate_up, "down")}}
 
 
 def _leaves(state: Linear) -> list[Tensor]:
