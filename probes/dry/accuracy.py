@@ -168,8 +168,8 @@ def write_band(path: Path, rows: Sequence[Row]) -> None:
     outside it."""
     stacks: dict[str, dict[str, float]] = {}
     bisected = [row for row in rows if row.traced_required_bytes and row.passed_cap_bytes]
-    for stack in sorted({row.stack for row in bisected}):
-        chosen = [row for row in bisected if row.stack == stack]
+    for stack in sorted({_band_of(row) for row in bisected}):
+        chosen = [row for row in bisected if _band_of(row) == stack]
         ratios = [
             (row.failed_cap_bytes / row.traced_required_bytes,
              row.passed_cap_bytes / row.traced_required_bytes)
@@ -179,11 +179,16 @@ def write_band(path: Path, rows: Sequence[Row]) -> None:
         if not ratios:
             continue
         lows, highs = zip(*ratios, strict=True)
-        stacks[stack] = {"low": round(min(lows) - 1, 4), "high": round(max(highs) - 1, 4),
-                         "records": len(lows)}  # fmt: skip
+        stacks[stack] = {"low": round(min(*lows, 1.0) - 1, 4),
+                         "high": round(max(*highs, 1.0) - 1, 4), "records": len(lows)}  # fmt: skip
     families = sorted({row.family for row in rows})
     text = json.dumps({"model_types": families, "stacks": stacks}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _band_of(row: Row) -> str:
+    """8 bits apart: which input columns they keep depends on the data."""
+    return f"{row.stack}, int8" if " int8 " in row.setting else row.stack
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

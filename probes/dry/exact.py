@@ -63,10 +63,18 @@ def required_bytes(traced: Trace) -> int:
 
 
 def steps_required_bytes(traced: Trace, resolution_bytes: int) -> int:
-    """Bisected as the probes do: loaded, the cache emptied, then steps under the cap."""
-    return smallest_cap(
-        traced.steps_stream(STEPS_UNDER_A_CAP), expandable_segments=traced.expandable,
-        before=[*stream(traced.load), EMPTY_CACHE], resolution_bytes=resolution_bytes,
+    """Bisected as the probes do: loaded, the cache emptied, then steps under the cap, and where
+    the spec evaluates, the traced steps and a batch of it."""
+    runs = [traced.steps_stream(STEPS_UNDER_A_CAP)]
+    if traced.evaluation:
+        runs.append(stream([*traced.events, *traced.evaluation]))
+    before = [*stream(traced.load), EMPTY_CACHE]
+    return max(
+        smallest_cap(
+            run, expandable_segments=traced.expandable, before=before,
+            resolution_bytes=resolution_bytes,
+        )
+        for run in runs
     )  # fmt: skip
 
 
