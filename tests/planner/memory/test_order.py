@@ -20,9 +20,9 @@ Steps = list[tuple[str, int]]
 # Differing stretches that are known, by a part of the case's name, and why.
 KNOWN = {
     # under a dispatch mode torch puts indexed rows into a copy (areAnyTensorSubclassLike)
-    "Qwen2.5-VL": 6,
+    "Qwen2.5-VL": 5,
     "Qwen2-VL": 2,  # the merger's norm is released one statement late
-    "gemma-3-4b": 9,  # the projector's pooled features, likewise
+    "gemma-3-4b": 5,  # the projector's pooled features, likewise
     "method=full-sequence_length=1536": 5,  # the image quantizer's distances, likewise
     "llava-1.5-7b-hf-micro_batch_size=2-images_per_sample=1-quantization=none-gradient": 2,
 }
