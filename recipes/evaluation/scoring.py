@@ -1,14 +1,15 @@
 """Answering four-choice questions: by the letters' log-probabilities, and by generating.
 
 Scoring runs the words that all prompts share once, keeps their keys and values, and runs the rest
-of many prompts in one forward; only the last position of each meets the head.
+of many prompts in one forward, end to end where the model's attention allows it
+(recipes.evaluation.packed) and padded elsewhere; only the last position of each meets the head.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from planner.errors import UnsupportedError
+from recipes.evaluation.packed import can_pack, pack, packed_attention
 from recipes.evaluation.questions import LETTERS
 from recipes.loss import head_of
 
@@ -63,21 +65,22 @@ def score_options(
     prompts: Sequence[Prompt],
     letters: Sequence[int],
     *,
-    tokens_at_once: int = 4_096,
+    tokens_at_once: int = 8_192,
 ) -> list[Answer]:
     """Answers by the largest of the letters' log-probabilities, in the order of `prompts`.
 
     prefix: ids shared by all, may be empty; letters: one id an option. At most `tokens_at_once`
-    tokens, padding included, run in one forward: more only adds padding, once the card is busy.
-    The model must be in eval mode.
+    tokens run in one forward: more only takes memory, once the card is busy. The model must be in
+    eval mode.
     """
-    device = base.get_input_embeddings().weight.device
-    cache = _prefix_cache(base, prefix, device)
+    longest = len(prefix) + max((len(prompt.ids) for prompt in prompts), default=0)
+    packs = can_pack(base, longest)
+    state = (_packed_states if packs else _padded_states)(base, prefix)
     answers: list[Answer | None] = [None] * len(prompts)
-    for places in _groups(prompts, tokens_at_once):
+    for places in _groups(prompts, tokens_at_once, padded=not packs):
         began = time.perf_counter()
         rows = [prompts[place].ids for place in places]
-        scores = _last_log_probabilities(base, prefix, cache, rows, letters, device).cpu()
+        scores = _log_probabilities(base, state(rows), letters).cpu()
         seconds = (time.perf_counter() - began) / len(places)
         for place, row in zip(places, scores.tolist(), strict=True):
             best = max(range(len(row)), key=row.__getitem__)
@@ -113,6 +116,47 @@ def generate_answers(
     return answers
 
 
+# Rows of ids -> the hidden state (rows, D) after the last of each.
+States = Callable[[Sequence[Sequence[int]]], Tensor]
+
+
+def _packed_states(base: Any, prefix: Sequence[int]) -> States:
+    device = base.get_input_embeddings().weight.device
+    past: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def states(rows: Sequence[Sequence[int]]) -> Tensor:
+        packed = pack(prefix, rows, past, device)
+        with packed_attention(base, packed):
+            hidden = base.model(
+                input_ids=packed.ids, position_ids=packed.positions, use_cache=False
+            ).last_hidden_state
+        return hidden[0, packed.ends]
+
+    return states
+
+
+def _padded_states(base: Any, prefix: Sequence[int]) -> States:
+    """Rows are padded on the right: a causal model's last real position does not see what follows
+    it, so no mask is needed."""
+    device = base.get_input_embeddings().weight.device
+    cache = _prefix_cache(base, prefix, device)
+
+    def states(rows: Sequence[Sequence[int]]) -> Tensor:
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
+        past = None
+        if cache is not None:
+            past = copy.deepcopy(cache)
+            past.batch_repeat_interleave(len(rows))
+        hidden = base.model(
+            input_ids=ids, past_key_values=past, use_cache=past is not None
+        ).last_hidden_state
+        ends = torch.tensor([len(row) - 1 for row in rows], device=device)
+        return hidden[torch.arange(len(rows), device=device), ends]
+
+    return states
+
+
 def _prefix_cache(base: Any, prefix: Sequence[int], device: torch.device) -> DynamicCache | None:
     if not prefix:
         return None
@@ -122,32 +166,24 @@ def _prefix_cache(base: Any, prefix: Sequence[int], device: torch.device) -> Dyn
     return cache
 
 
-def _groups(prompts: Sequence[Prompt], tokens_at_once: int) -> Iterator[list[int]]:
-    """Indices in groups of near lengths, each group's padded size within the limit."""
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
-    while order:
-        size = max(1, tokens_at_once // max(1, len(prompts[order[0]].ids)))
-        yield order[:size]
-        order = order[size:]
+def _groups(prompts: Sequence[Prompt], tokens_at_once: int, *, padded: bool) -> Iterator[list[int]]:
+    """Indices, longest prompts first, in groups of at most so many tokens, padding included where
+    there is one (and of one prompt at least)."""
+    group: list[int] = []
+    tokens = 0
+    for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids)):
+        length = len(prompts[group[0] if padded and group else place].ids)
+        if group and tokens + length > tokens_at_once:
+            yield group
+            group, tokens, length = [], 0, len(prompts[place].ids)
+        group.append(place)
+        tokens += length
+    if group:
+        yield group
 
 
-def _last_log_probabilities(
-    base: Any, prefix: Sequence[int], cache: DynamicCache | None,
-    rows: Sequence[Sequence[int]], letters: Sequence[int], device: torch.device,
-) -> Tensor:  # fmt: skip
-    """(rows, letters) log-probabilities after each row. Rows are padded on the right: a causal
-    model's last real position does not see what follows it, so no mask is needed."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
-    past = None
-    if cache is not None:
-        past = copy.deepcopy(cache)
-        past.batch_repeat_interleave(len(rows))
-    hidden = base.model(
-        input_ids=ids, past_key_values=past, use_cache=past is not None
-    ).last_hidden_state
-    ends = torch.tensor([len(row) - 1 for row in rows], device=device)
-    last = hidden[torch.arange(len(rows), device=device), ends]
+def _log_probabilities(base: Any, last: Tensor, letters: Sequence[int]) -> Tensor:
+    """Hidden states (rows, D) -> (rows, letters) log-probabilities of the next token."""
     logits = base.get_output_embeddings()(last).float()
     head = head_of(base)
     if head.softcap:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from recipes.build import build
+from recipes.evaluation import scoring
+from recipes.evaluation.packed import can_pack, pack, packed_attention
 from recipes.evaluation.questions import Question, prompt_of, stratified
 from recipes.evaluation.results import (
     SEED_COLUMNS,
@@ -39,7 +41,10 @@ def _prompts(count: int, low: int = 101, high: int = 300) -> list[Prompt]:
 @pytest.mark.parametrize("maker", [tiny_chameleon, tiny_llama])
 @pytest.mark.parametrize("prefix", [(), (150, 151, 152, 153)])
 @pytest.mark.parametrize("at_once", [1, 64, 10_000])
-def test_scores_equal_each_prompts_own_forward(maker, prefix, at_once) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_scores_equal_each_prompts_own_forward(maker, prefix, at_once, packed, monkeypatch) -> None:
+    if not packed:  # as for a model with a soft cap in its attention
+        monkeypatch.setattr(scoring, "can_pack", lambda base, longest: False)
     model, prompts = _model(maker), _prompts(9)
     answers = score_options(model, prefix, prompts, LETTER_IDS, tokens_at_once=at_once)
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -48,6 +53,31 @@ def test_scores_equal_each_prompts_own_forward(maker, prefix, at_once) -> None:
             own = torch.log_softmax(model(input_ids=ids).logits[0, -1].float(), -1)[LETTER_IDS]
         assert answer.log_probabilities == pytest.approx(own.tolist(), abs=1e-4)
         assert answer.index == int(own.argmax())
+
+
+def test_packed_questions_do_not_see_each_other_under_grouped_heads() -> None:
+    model = _model(lambda: tiny_llama(num_key_value_heads=1))
+    alone = [score_options(model, (150, 151), [p], LETTER_IDS)[0] for p in _prompts(5)]
+    together = score_options(model, (150, 151), _prompts(5), LETTER_IDS)
+    for a, b in zip(alone, together, strict=True):
+        assert a.log_probabilities == pytest.approx(b.log_probabilities, abs=1e-4)
+
+
+def test_only_plain_attention_is_packed() -> None:
+    model = _model(tiny_llama)
+    assert can_pack(model, 1000)
+    model.config.sliding_window = 64
+    assert can_pack(model, 64)
+    assert not can_pack(model, 65)
+    model.config.sliding_window, model.config.attn_logit_softcapping = None, 50.0
+    assert not can_pack(model, 1)
+
+
+def test_a_layer_outside_the_attention_interface_is_told() -> None:
+    model = _model(tiny_llama)
+    packed = pack((), [(1, 2, 3)], {}, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="0 of 2 layers"), packed_attention(model, packed):
+        pass
 
 
 def test_scoring_agrees_with_greedy_generation_where_that_gives_a_letter() -> None:
