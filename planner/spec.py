@@ -132,9 +132,10 @@ class RunSpec(Section):
 
     Sizes are per device: `micro_batch_size` samples of `sequence_length` tokens, image tokens
     included, in one forward. `method` "lora" trains an adapter and freezes the rest: `adapter` says
-    which of peft's, where the model has none of its own (LaVIN). A field that does not apply
-    (`double_quant` without 4 bits) is ignored. Defaults are a QLoRA fine-tune as most people start
-    it.
+    which of peft's, where the model has none of its own (LaVIN). `int8_outliers` "few": as in
+    trained models; "many": as in random weights, the safe bound (planner.memory.outliers). A field
+    that does not apply (`double_quant` without 4 bits) is ignored. Defaults are a QLoRA fine-tune
+    as most people start it.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -149,6 +150,7 @@ class RunSpec(Section):
     method: Literal["lora", "full"] = "lora"
     quantization: Literal["none", "nf4", "fp4", "int8"] = "nf4"
     double_quant: bool = True
+    int8_outliers: Literal["many", "few"] = "many"
     weights_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     lora: Lora = Lora.model_construct()

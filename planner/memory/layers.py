@@ -8,8 +8,10 @@ holds a tensor exactly as long as it does there.
 from math import prod
 from typing import Any, Literal, NamedTuple
 
-from planner.dtypes import BF16, BOOL, F16, F32, INT8, INT32, DType
+from planner.dtypes import BF16, BOOL, F16, F32, INT8, INT32, INT64, DType
 from planner.memory.ops import Engine
+from planner.memory.outliers import outlier_columns
+from planner.memory.sizes import decide
 from planner.memory.tensor import Tensor
 
 Quantization = Literal["none", "4bit", "int8"]
@@ -36,6 +38,7 @@ class Linear(NamedTuple):
     double_quant: bool = False
     compute_dtype: DType = BF16
     keeps_input: bool = False  # of 4 bits: bitsandbytes before 0.43.2
+    has_outliers: bool = False  # of 8 bits: see planner.memory.outliers
     adapter: Adapter | None = None
 
 
@@ -178,25 +181,38 @@ def _matmul_4bit(t: Engine, state: Linear, x: Tensor, bias: Tensor | None) -> Te
 
 
 def _matmul_int8(t: Engine, state: Linear, x: Tensor) -> Tensor:
-    """MatMul8bitLt: keeps its input as an attribute of ctx, out of checkpointing's reach."""
+    """MatMul8bitLt: keeps its input as an attribute of ctx, out of checkpointing's reach, and the
+    columns with outliers once more."""
     rows, shape, dtype = prod(x.shape[:-1]), x.shape, x.dtype
     n, k = state.out_features, state.in_features
     flops, item = 2 * rows * n * k, dtype.itemsize
+    count = outlier_columns(state.name, k, n, rows) if state.has_outliers else 0
     half = t.to(x.detach(), F16, "to (int8 quantisation)")
     row_stats = t.new((rows,), F32, "int8 row stats")
     quantized = t.new((rows, k), INT8, "int8 quantised input")
     magnitude = t.new((rows, k), F16, "abs (outliers)")
     outliers = t.new((rows, k), BOOL, "ge (outliers)")
-    del magnitude, outliers, half
+    del magnitude
     t.count(rows * k * 12, 8)
-    accumulator = t.new((rows, n), INT32, "int8 mm")
+    kept: list[Tensor] = [x.detach()]
+    columns = weights = None
+    if decide(count > 0):
+        kept.append(t.new((count,), INT64, "outlier columns"))
+        del outliers, half
+        columns, weights = _outlier_parts(t, x, rows, n, count)
+        kept.append(columns)
+    else:
+        del outliers, half
+    out = _int8_product(t, quantized, row_stats, rows, n, dtype)
     t.count_matmul(flops, rows * k + n * k + 4 * rows * n, F16)
-    product = t.new((rows, n), F16, "int8 dequantise")
-    del accumulator, quantized, row_stats
-    t.count(rows * n * 6)
-    out = product if dtype is F16 else t.new((*shape[:-1], n), dtype, "to (int8 output)")
+    del quantized, row_stats
+    if columns is not None and weights is not None:  # output.addmm(subA, subB), under autocast
+        casts = t.lower_all(weights, columns, out)
+        made = casts[-1].dtype
+        t.count_matmul(2 * rows * n * count, made.itemsize * rows * (n + count), made)
+        out = t.new((rows, n), made, "addmm (outliers)")
+        del casts, weights, columns
     out = out.view((*shape[:-1], n))
-    del product
 
     def backward(g: Tensor) -> tuple[Tensor | None, ...]:
         weight = t.new((n, k), dtype, "dequantise int8 (backward)")
@@ -207,9 +223,38 @@ def _matmul_int8(t: Engine, state: Linear, x: Tensor) -> Tensor:
         del weight, cast
         return (grad,)
 
-    if t.wants_grad(x) and x.storage is not None:
-        x.storage.block.category = "saved_activations"
-    return t.record(out, (x,), (), backward, kept=x.detach())
+    if t.wants_grad(x):
+        for tensor in kept:
+            if tensor.storage is not None:
+                tensor.storage.block.category = "saved_activations"
+    return t.record(out, (x,), (), backward, kept=tuple(kept))
+
+
+def _outlier_parts(
+    t: Engine, x: Tensor, rows: Any, n: int, count: Any
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A[:, outlier_cols], and those columns of the weight: their codes, in fp32 twice, in A's."""
+    columns = t.new((rows, count), x.dtype, "outlier columns of the input")
+    codes = t.new((n, count), INT8, "outlier columns of the weight")
+    scaled = t.new((n, count), F32, "int8 dequantise (outliers)")
+    single = t.new((n, count), F32, "int8 dequantise (outliers)")
+    del scaled
+    if x.dtype is not F32:
+        single = t.new((n, count), x.dtype, "to (outliers)")
+    del codes
+    t.count(2 * rows * count * x.dtype.itemsize + 16 * n * count, 5)
+    return columns, single
+
+
+def _int8_product(
+    t: Engine, quantized: Tensor, row_stats: Tensor, rows: Any, n: int, dtype: DType
+) -> Tensor:
+    """int8_scaled_mm: int32, then fp16, then the wanted dtype, each a tensor of its own."""
+    accumulator = t.new((rows, n), INT32, "int8 mm")
+    product = t.new((rows, n), F16, "int8 dequantise")
+    del accumulator, quantized, row_stats
+    t.count(rows * n * 6)
+    return product if dtype is F16 else t.new((rows, n), dtype, "to (int8 output)")
 
 
 def gated_mlp(t: Engine, loaded: Any, prefix: str, x: Tensor, act: str) -> Tensor:

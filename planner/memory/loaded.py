@@ -133,6 +133,7 @@ class Loaded:
             if self.own_step
             else compute_dtype(self.spec),
             keeps_input=keeps_4bit_inputs(self.spec),
+            has_outliers=self.spec.int8_outliers == "many",
             adapter=self._adapter(module) if module.path in self.adapted else None,
         )
 

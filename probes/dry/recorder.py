@@ -45,6 +45,7 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, tuple[int, Event, Any]] = {}
         self.paged_bytes = 0
         self.autocast_dtype: torch.dtype | None = None  # of the region that runs
+        self.int8_outliers = "many"  # the spec's
         self.work = Counter()
         self._count = 0
         self._handles: set[tuple[str, str]] = set()

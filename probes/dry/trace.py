@@ -42,6 +42,7 @@ def trace(
     config = models.shortened(config, layers)
     scope = Scope()
     recorder = Recorder(scope)
+    recorder.int8_outliers = spec.int8_outliers
     recorder.target = target or Target()
     semantics = CudaSemantics(recorder)
     with flash_view():

@@ -115,9 +115,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # (T, heads, D)
     if packed.prefix:
-        first = [x[: packed.prefix].transpose(0, 1)[None] for x in tokens]
+        first = tuple(x[: packed.prefix].transpose(0, 1)[None] for x in tokens)
         packed.past[layer] = (first[1].clone(), first[2].clone())
-        out[: packed.prefix] = _causal(*first, scaling)[0].transpose(0, 1)
+        out[: packed.prefix] = _causal(first[0], first[1], first[2], scaling)[0].transpose(0, 1)
     past = packed.past.get(layer)
     for bucket in packed.buckets:
         q, k, v = (x[bucket.rows].transpose(1, 2) for x in tokens)  # (B, heads, L, D)

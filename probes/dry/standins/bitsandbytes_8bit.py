@@ -1,9 +1,9 @@
 """bitsandbytes in 8 bits on CUDA (backends/cuda/ops.py and default/ops.py, 0.50), and its optimizer
 kernels, which update in place.
 
-Which activation columns are outliers depends on the data: `outlier_columns` says how many, and says
-none. With some, their part of the product is made in 16 bits, and their activations (`subA`) are
-kept for backward by MatMul8bitLt.
+Which activation columns are outliers depends on the data: `outlier_columns` says how many. Their
+part of the product is made in 16 bits, and their activations (`subA`) are kept for backward by
+MatMul8bitLt.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from planner.memory import outliers
 from probes.dry.standins import stands_for
 
 
@@ -27,7 +28,9 @@ def vectorwise_quant(recorder: Any, func: Any, args: tuple, kwargs: dict[str, An
     recorder.track(codes, func)
     if threshold <= 0:
         return codes, stats, None
-    recorder.note_unknown("int8: which columns are outliers depends on the data; none are counted")
+    recorder.note_unknown(
+        "int8: which columns are outliers depends on the data; counted as spec.int8_outliers says"
+    )
     magnitude = recorder.begin(func, A.numel() * A.element_size())
     mask = recorder.begin(func, A.numel())
     recorder.end(magnitude)
@@ -41,7 +44,7 @@ def mixed_scaled_mm(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any
     """(A @ W^T, the outlier columns of A). With outliers: their weights' codes, in fp32 twice, in
     A's dtype; then `output.addmm(subA, subB)`, which autocast casts, last argument first."""
     A, codes, weights = args[:3]
-    count = outlier_columns(recorder, A)
+    count = outlier_columns(recorder, A, weights)
     if not count:
         return _scaled_mm(recorder, func, codes, weights, A.dtype), A.new_empty((0,))
     columns = A.new_empty((A.shape[0], count))
@@ -68,9 +71,14 @@ def mixed_scaled_mm(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any
     return result, columns
 
 
-def outlier_columns(recorder: Any, A: torch.Tensor) -> int:
-    """How many columns of A hold a value past the threshold: not known without the data."""
-    return 0
+def outlier_columns(recorder: Any, A: torch.Tensor, weights: torch.Tensor) -> int:
+    """How many columns of A (rows, K) hold a value past the threshold: what the planner expects of
+    random weights (N, K), or none where the spec says few."""
+    if recorder.int8_outliers == "few":
+        return 0
+    path = recorder.scope.module("forward").removesuffix(".base_layer")
+    rows = A.numel() // A.shape[-1]
+    return int(outliers.outlier_columns(path, A.shape[-1], weights.shape[0], rows))
 
 
 @stands_for("bitsandbytes::int8_scaled_mm")

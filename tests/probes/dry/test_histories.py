@@ -60,7 +60,7 @@ def test_int8_is_the_cards_once_its_outliers_are_told(
     history = read(path)
     counts = OUTLIERS[history.key]
 
-    def told(recorder: Any, A: torch.Tensor) -> int:
+    def told(recorder: Any, A: torch.Tensor, weights: torch.Tensor) -> int:
         module = recorder.scope.module("forward")
         layer = int(module.partition("layers.")[2].partition(".")[0] or -1)
         if "down_proj" in module:
