@@ -62,6 +62,40 @@ def smallest_cap(
     )
 
 
+def around(
+    attempt: Callable[[int], Attempt], guess_bytes: int, low_bytes: int,
+    high_bytes: int | None = None, most: int = 12,
+) -> Capacity | None:  # fmt: skip
+    """The same bracket, from a guess outwards: two tries where the guess is right, for tries that
+    are dear. `low_bytes` cannot pass; `high_bytes`, where it is known, has passed. None where
+    `most` tries did not narrow it.
+    """
+    started = time.monotonic()
+    attempts: list[Attempt] = []
+    failed, passed = low_bytes, high_bytes
+    cap = max(guess_bytes, low_bytes) if passed is None else min(guess_bytes, passed)
+    stride = max(BRACKET_BYTES, int(cap * BRACKET_RELATIVE))
+    while passed is None or not is_narrow(failed, passed):
+        if len(attempts) == most:
+            return None
+        attempts.append(attempt(cap))
+        if attempts[-1].passed:
+            passed = cap
+        else:
+            failed = cap
+        if len({tried.passed for tried in attempts}) == 2 and passed is not None:
+            cap = (failed + passed) // 2
+        elif attempts[-1].passed:
+            cap = max(failed, cap - stride)
+        else:
+            cap = cap + stride if passed is None else min(passed, cap + stride)
+        stride *= 2
+    return Capacity(
+        failed_cap_bytes=failed if any(not tried.passed for tried in attempts) else None,
+        passed_cap_bytes=passed, attempts=tuple(attempts), seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
 def is_narrow(failed: int, passed: int, slack: float = 1.0) -> bool:
     """The bracket says enough: 64 MiB or 1 % wide at most, times `slack`."""
     return passed - failed <= slack * max(BRACKET_BYTES, int(passed * BRACKET_RELATIVE))
