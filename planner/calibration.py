@@ -21,14 +21,20 @@ WIDENING = 2.0
 class Rates(NamedTuple):
     """How much of the datasheet a training step reaches, and the host's pace.
 
-    matmul_share, bandwidth_share: of the peak rates; launch_s: host time a kernel. spread:
-    relative half-width of the interval of a step that the GPU bounds; launch_spread: of one that
-    the host bounds.
+    matmul_share, bandwidth_share: of the peak rates; launch_s: host time a kernel;
+    compiled_launch_s: one of the lean stack's, which go through generated Python and custom
+    operators; hook_s: host time a tensor that a checkpointed region saves, three calls of Python;
+    search_flops: fp32 operations, at peak, that an element of an 8-bit optimizer state is worth
+    (bitsandbytes searches its code in a table). spread: relative half-width of the interval of a
+    step that the GPU bounds; launch_spread: of one that the host bounds.
     """
 
     matmul_share: float
     bandwidth_share: float
     launch_s: float
+    compiled_launch_s: float
+    hook_s: float
+    search_flops: float
     spread: float
     launch_spread: float
 

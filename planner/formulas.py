@@ -53,13 +53,16 @@ def _times(answer: Estimate, device: Device) -> list[Term]:
     peak = device.matmul_flops_per_s(spec.precision) / 1e12
     bandwidth = device.bandwidth_bytes_per_s / 1e9
     tokens = spec.micro_batch_size * spec.sequence_length * spec.gradient_accumulation_steps
+    launch_s = rates.launch_s if spec.stack == "stock" else rates.compiled_launch_s
+    launches_s = answer.launches_per_step * launch_s
     step = (
-        f"max(arithmetic {time.arithmetic_s:.4g} s + memory {time.bytes_s:.4g} s, launches "
+        f"max(arithmetic {time.arithmetic_s:.4g} s + memory {time.bytes_s:.4g} s, host "
         f"{time.launches_s:.4g} s) = {answer.step_seconds:.4g} s; "
         f"arithmetic: {answer.flops_per_step:.4g} FLOPs at {rates.matmul_share:.0%} of "
         f"{peak:.4g} TFLOP/s ({spec.precision}, dense; fp32 products at their own rate); memory: "
-        f"at {rates.bandwidth_share:.0%} of {bandwidth:.4g} GB/s; launches: "
-        f"{answer.launches_per_step:.0f} at {rates.launch_s * 1e6:.3g} us ({time.basis})"
+        f"at {rates.bandwidth_share:.0%} of {bandwidth:.4g} GB/s; host: "
+        f"{answer.launches_per_step:.0f} launches at {launch_s * 1e6:.3g} us, and "
+        f"{time.launches_s - launches_s:.4g} s of checkpointing's hooks ({time.basis})"
     )
     pace = (
         f"{spec.micro_batch_size} x {spec.sequence_length} x {spec.gradient_accumulation_steps} = "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,12 @@ class Residual:
 def read_measured(paths: Iterable[Path]) -> Iterator[Measured]:
     """Completed records of .jsonl files or folders of them, the last of each key.
 
-    Raises InputError where a path holds no record.
+    A capacity that was searched by fresh processes stands before the record's own, see
+    `fresh_capacities`. Raises InputError where a path holds no record.
     """
     latest: dict[str, Measured] = {}
     for path in paths:
+        fresh = fresh_capacities(path)
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
             raise InputError(Problem("records", "no .jsonl file", str(path)))
@@ -65,8 +67,25 @@ def read_measured(paths: Iterable[Path]) -> Iterator[Measured]:
             for line in file.read_text(encoding="utf-8").splitlines():
                 measured = _measured(line)
                 if measured is not None:
-                    latest[measured.key] = measured
+                    failed, passed = fresh.get(
+                        measured.key, (measured.failed_cap_bytes, measured.passed_cap_bytes)
+                    )
+                    latest[measured.key] = replace(
+                        measured, failed_cap_bytes=failed, passed_cap_bytes=passed
+                    )
     yield from latest.values()
+
+
+def fresh_capacities(records: Path) -> dict[str, tuple[int | None, int]]:
+    """key -> (failed, passed] cap in bytes, of `python -m probes.fresh_capacity`: the files of the
+    folder `capacities` beside a folder of records."""
+    found = {}
+    for file in sorted((records.parent / "capacities").glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["passed_cap_bytes"] is not None:
+                found[row["key"]] = (row["failed_cap_bytes"], row["passed_cap_bytes"])
+    return found
 
 
 def _measured(line: str) -> Measured | None:

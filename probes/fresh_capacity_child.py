@@ -12,6 +12,7 @@ from probes.configs import config_for
 from probes.harness import OutOfMemoryError, Session
 from probes.meters import open_meter
 from probes.records import Attempt, Options
+from recipes.build import allocator_settings
 
 
 def main() -> int:
@@ -20,6 +21,7 @@ def main() -> int:
     given = json.load(sys.stdin)
     spec = spec_from_mapping(given["spec"])
     options = Options(**{**given["options"], "bisect": False, "steps": 3, "warmup_steps": 1})
+    allocator_settings(spec)
     meter = open_meter(False)
     before = meter.levels().retries
     meter.cap(cap_bytes)

@@ -67,7 +67,7 @@ def random_state(
             dtype if value.is_floating_point() else value.dtype,
             generator,
             scale=0.0 if name in added else 1.0,
-        )  # fmt: skip
+        )
         for name, value in skeleton.state_dict().items()
         if name not in tied
     }

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PretrainedConfig
 
 from planner.errors import InputError, Problem, UnsupportedError
+from planner.models.families import llava_next
 from planner.spec import RunSpec
 
 Sample = dict[str, torch.Tensor]
@@ -104,7 +105,10 @@ def image_of(spec: RunSpec, config: PretrainedConfig) -> Images:
     """The image inputs of the config's family. Raises UnsupportedError for others."""
     makers: dict[str, Callable[[RunSpec, Any], Images]] = {
         "chameleon": _chameleon,
+        "gemma3": _gemma3,
         "llava": _llava,
+        "llava_next": _llava_next,
+        "paligemma": _paligemma,
         "qwen2_vl": _qwen2_vl,
         "qwen2_5_vl": _qwen2_vl,
     }
@@ -130,6 +134,31 @@ def _llava(spec: RunSpec, config: Any) -> Images:
         tokens += 1
     pixels = torch.randn(1, 3, vision.image_size, vision.image_size)
     return Images(tokens, config.image_token_id, {"pixel_values": pixels})
+
+
+def _llava_next(spec: RunSpec, config: Any) -> Images:
+    """The whole image and its tiles; as many features as the processor counts."""
+    geometry = llava_next.geometry(config.to_dict())
+    tokens = llava_next.image_tokens(geometry, spec.image_size)
+    edge = config.vision_config.image_size
+    tensors = {
+        "pixel_values": torch.randn(1, llava_next.tiles(geometry, spec.image_size), 3, edge, edge),
+        "image_sizes": torch.tensor([[spec.image_size, spec.image_size]]),
+    }
+    return Images(tokens, config.image_token_id, tensors)
+
+
+def _paligemma(spec: RunSpec, config: Any) -> Images:
+    vision = config.vision_config
+    pixels = torch.randn(1, 3, vision.image_size, vision.image_size)
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    return Images(tokens, config.image_token_id, {"pixel_values": pixels})
+
+
+def _gemma3(spec: RunSpec, config: Any) -> Images:
+    edge = config.vision_config.image_size
+    pixels = torch.randn(1, 3, edge, edge)
+    return Images(config.mm_tokens_per_image, config.image_token_id, {"pixel_values": pixels})
 
 
 def _qwen2_vl(spec: RunSpec, config: Any) -> Images:

@@ -18,14 +18,15 @@ from recipes.evaluation.scoring import Prompt, generate_answers, score_options
 
 
 def evaluation_row(values: dict[str, Any], questions: int = 100) -> dict[str, Any]:
-    """Seconds for `questions` four-choice questions by option scoring, and by the seed's way: on
-    the model as the seed prepares it (stack "stock"), and on the very model that was scored. Each
-    is warm: scoring has seen every shape, generation its first questions. Random token ids; lengths
-    spread as in MMMLU (60 to 300 after a prefix of 40)."""
+    """Seconds for `questions` four-choice questions by option scoring (and with generated kernels),
+    and by the seed's way: on the model as the seed prepares it (stack "stock"), and on the very
+    model that was scored. Each is warm: scoring has seen every shape, generation its first
+    questions. Random token ids; lengths drawn evenly from `values["tokens"]`, after a prefix of 40.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     draw = torch.Generator().manual_seed(0)
-    longest = 300 if device.type == "cuda" else 30
-    lengths = torch.randint(longest // 5, longest, (questions,), generator=draw).tolist()
+    least, most = values["tokens"] if device.type == "cuda" else (6, 30)
+    lengths = torch.randint(least, most, (questions,), generator=draw).tolist()
     seconds: dict[str, list[float]] = {}
     for stack_name in ("lean", "stock"):
         spec = spec_from_mapping({**values["spec"], "stack": stack_name})
@@ -36,22 +37,29 @@ def evaluation_row(values: dict[str, Any], questions: int = 100) -> dict[str, An
             for count in (40, 4, *lengths)
         ]
         prefix, letters, prompts = rows[0], list(rows[1]), [Prompt(row) for row in rows[2:]]
+        score = partial(score_options, base, prefix, prompts, letters)
         ways = {"generate": partial(generate_answers, base, None, prefix, prompts)}
         if stack_name == "lean":
-            ways["options"] = partial(score_options, base, prefix, prompts, letters)
-            ways["options"]()
-        generate_answers(base, None, prefix, prompts[:4])
+            ways["options"] = score
+            ways["compiled"] = partial(score, compile_layers=True)
+        for warm in (way for name, way in ways.items() if name != "generate"):
+            warm()
+        generate_answers(base, None, prefix, prompts[:10])
         for name, way in ways.items():
-            seconds[f"{stack_name} {name}"] = _timed(way)
+            seconds[f"{stack_name} {name}"] = _timed(way, 2 if name == "generate" else 5)
         if values.get("profile"):
             note(profiled(ways.get("options", lambda: None)))
-        del built, base, ways
-    options = statistics.median(seconds["lean options"])
-    generate = {s: statistics.median(seconds[f"{s} generate"]) for s in ("lean", "stock")}
+        del built, base, ways, score
+    took = {name: statistics.median(times) for name, times in seconds.items()}
+    generate = {stack: took[f"{stack} generate"] for stack in ("lean", "stock")}
     return {
-        "name": values["name"], "questions": questions, "options_s": options,
-        "generate_s": generate["stock"], "times_faster": generate["stock"] / options,
-        "generate_lean_s": generate["lean"], "times_faster_same_model": generate["lean"] / options,
+        "name": values["name"], "questions": questions, "tokens": sum(lengths),
+        "options_s": took["lean options"], "compiled_s": took["lean compiled"],
+        "generate_s": generate["stock"],
+        "times_faster": generate["stock"] / took["lean options"],
+        "times_faster_compiled": generate["stock"] / took["lean compiled"],
+        "generate_lean_s": generate["lean"],
+        "times_faster_same_model": generate["lean"] / took["lean options"],
         "seconds": seconds,
     }  # fmt: skip
 

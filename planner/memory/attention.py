@@ -131,6 +131,7 @@ def flash_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Ten
     lse = _scattered(t, pieces, (length, heads), F32, "attention log-sum-exp")
     t.count_matmul(flops, traffic, dtype)
     t.count(2 * prod(shape) * dtype.itemsize, pieces)
+    t.count_pieces(pieces, 0, 7)  # q, k, v, the output, its log-sum-exp, the seed and its offset
     joined = t.new((1, positions, heads, dim), dtype, "cat (attention)")
     source = left[0].dtype
 

@@ -100,6 +100,13 @@ class Autograd(Kernels):
             for tensor in wanted:
                 self._save(tensor)
 
+    def count_pieces(self, pieces: Any, launches: Any, saved: int) -> None:
+        """One operation stands for `pieces` of them, with so many kernels and saved tensors each:
+        the host's work for the others."""
+        self.work.launches += (pieces - 1) * launches
+        if self._refill is not None:
+            self.work.hooks += (pieces - 1) * saved
+
     def _save(self, tensor: Tensor) -> Saved:
         held = tensor.detach()
         if self._refill is not None:
@@ -108,6 +115,7 @@ class Autograd(Kernels):
             if slot is not None:
                 slot.tensor = held
             position[0] += 1
+            self.work.hooks += 1
             if position[0] == len(frame.slots):
                 raise StopRecomputation
             return Saved(held, None)

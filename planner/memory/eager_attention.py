@@ -15,6 +15,10 @@ from planner.memory.sizes import decide
 from planner.memory.tensor import Tensor
 from planner.memory.work import grad_bytes
 
+# Of one piece: what its two products and its softmax save; kernels of its backward (four products,
+# the scale, the softmax and its casts, the copy).
+_PIECE_SAVES, _PIECE_BACKWARD = 5, 9
+
 
 def eager(
     t: Engine, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0,
@@ -39,12 +43,23 @@ def eager(
 
 
 def eager_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-    """Eager attention of pieces of `length` positions, as one batch of them: (1, P, h, d)."""
+    """Eager attention of pieces of `length` positions, as one batch of them: (1, P, h, d). The
+    pieces run one after another, which only the count of kernels knows."""
     _, heads, positions, dim = q.shape
-    shape = (positions // length, heads, length, dim)
+    pieces = positions // length
+    shape = (pieces, heads, length, dim)
     q, k, v = (t.alias(x, shape, False, reshapes=False) for x in (q, k, v))
+    before = t.work.launches
     out, _weights = eager(t, q, k, v, None)
-    return t.alias(out, (1, positions, heads, dim), True)
+    launches = t.work.launches - before
+    t.count_pieces(pieces, launches, _PIECE_SAVES)
+    joined = t.alias(out, (1, positions, heads, dim), True)
+
+    def backward(g: Tensor) -> tuple[Tensor]:
+        t.count_pieces(pieces, _PIECE_BACKWARD, 0)
+        return (g,)
+
+    return t.record(joined.view(joined.shape), (joined,), (), backward)
 
 
 def eager_mask(t: Engine, batch: Any, length: Any, dtype: DType, window: bool = False) -> Tensor:

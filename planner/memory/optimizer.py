@@ -99,6 +99,12 @@ class Optimizer:
                 t.count(7 * sizes if self.name != "sgd" else 3 * sizes, 1 + len(leaves) / 36)
             else:
                 t.count(5 * sizes, 2 * len(leaves))
+                t.work.quantized += sum(
+                    prod(state.shape)
+                    for leaf in leaves
+                    for state in self.states(leaf)
+                    if state.dtype is UINT8
+                )
 
 
 def find_optimizer(name: str) -> Optimizer:

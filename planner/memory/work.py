@@ -16,15 +16,21 @@ RIDGE_FLOPS_PER_BYTE = 200  # dense 16-bit peak over bandwidth: 150 to 300 from 
 
 
 class Work:
-    """Counters of a step's work, summed over operations."""
+    """Counters of a step's work, summed over operations.
 
-    __slots__ = ("flops_16bit", "flops_fp32", "launches", "traffic_bytes")
+    hooks: tensors that a checkpointed region saves, each passed through Python when it is packed,
+    packed again and unpacked; quantized: elements of 8-bit optimizer states, searched one by one.
+    """
+
+    __slots__ = ("flops_16bit", "flops_fp32", "hooks", "launches", "quantized", "traffic_bytes")
 
     def __init__(self) -> None:
         self.flops_16bit: Any = 0
         self.flops_fp32: Any = 0
         self.traffic_bytes: Any = 0
         self.launches: Any = 0
+        self.hooks: Any = 0
+        self.quantized: Any = 0
 
     def counters(self) -> tuple[Any, ...]:
         """All of them, in the order of their names."""

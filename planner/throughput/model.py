@@ -1,9 +1,10 @@
 """Seconds of a step: arithmetic, bytes and kernel launches on a device.
 
 A matrix product runs at a share of the card's peak, an element-wise kernel at a share of its memory
-bandwidth, and the host issues kernels no faster than one every few microseconds; the GPU's time and
-the host's overlap, so the step takes the larger of the two. The shares are fitted to records of the
-device where there are any, else carried over with a wider interval.
+bandwidth, and the host issues kernels no faster than one every few tens of microseconds; a tensor
+that a checkpointed region saves costs it three calls of Python more. The GPU's time and the host's
+overlap, so the step takes the larger of the two. The rates are fitted to records of the device
+where there are any, else carried over with a wider interval.
 """
 
 # Annotations stay objects here: named tuples would compile each string at import.
@@ -16,7 +17,8 @@ from planner.spec import RunSpec
 
 
 class StepTime(NamedTuple):
-    """Seconds of one optimizer step: by arithmetic, by bytes, by launches, and together.
+    """Seconds of one optimizer step: by arithmetic, by bytes, by the host (launches and hooks),
+    and together.
 
     spread: relative half-width of the interval.
     """
@@ -30,11 +32,18 @@ class StepTime(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a step asks of a card, in seconds at the datasheet's rates, and its launches."""
+    """What a step asks of a card, in seconds at the datasheet's rates, and of the host.
+
+    searched_s_per_flop: elements of 8-bit optimizer states over the fp32 rate; launches or
+    compiled_launches: the stock stack's or the lean one's; hooks: see planner.memory.work.
+    """
 
     arithmetic_s: Any
     bytes_s: Any
+    searched_s_per_flop: Any
     launches: Any
+    compiled_launches: Any
+    hooks: Any
 
 
 def load_of(spec: RunSpec, device: Device, work: StepWork) -> Load:
@@ -45,10 +54,15 @@ def load_of(spec: RunSpec, device: Device, work: StepWork) -> Load:
     def total(counter: str) -> Any:
         return count * getattr(work.micro_batch, counter) + getattr(work.optimizer, counter)
 
+    launches = total("launches")
+    lean = spec.stack == "lean"
     return Load(
         total("flops_16bit") / peak + total("flops_fp32") / device.fp32_flops_per_s,
         total("traffic_bytes") / device.bandwidth_bytes_per_s,
-        total("launches"),
+        total("quantized") / device.fp32_flops_per_s,
+        0 if lean else launches,
+        launches if lean else 0,
+        total("hooks"),
     )
 
 
@@ -69,9 +83,10 @@ def step_time(spec: RunSpec, device: Device, work: StepWork) -> StepTime:
 
 
 def parts(rates: Rates, load: Load) -> tuple[Any, Any, Any]:
-    """(arithmetic, bytes, launches) in seconds."""
+    """(arithmetic, bytes, host) in seconds."""
+    host = load.launches * rates.launch_s + load.compiled_launches * rates.compiled_launch_s
     return (
-        load.arithmetic_s / rates.matmul_share,
+        load.arithmetic_s / rates.matmul_share + load.searched_s_per_flop * rates.search_flops,
         load.bytes_s / rates.bandwidth_share,
-        load.launches * rates.launch_s,
+        host + load.hooks * rates.hook_s,
     )

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AttentionInterface
+
+from recipes.layers import decoder_layers
 
 NAME = "vramwise_packed"
 _PADDING = 0.1  # of a bucket's tokens at most, where questions are many enough to choose from
@@ -27,10 +30,11 @@ KeyValue = tuple[Tensor, Tensor]
 @dataclass(frozen=True, slots=True)
 class _Bucket:
     """Questions padded to the longest of them. rows (B, L): places in the packed sequence, a
-    question's last one repeated; kept: flat places in (B*L) that are real; places: the same in the
-    packed sequence."""
+    question's last one repeated; seen (B, P + L): places of what they see, where the prefix stands
+    in front; kept: flat places in (B*L) that are real; places: the same in the packed sequence."""
 
     rows: Tensor
+    seen: Tensor
     kept: Tensor
     places: Tensor
 
@@ -77,7 +81,8 @@ def pack(
     def sent(values: Any) -> Tensor:
         return torch.tensor(values, device=device)
 
-    buckets = tuple(_bucket(part, device) for part in _parts(spans))
+    shift = len(prefix) - len(head)
+    buckets = tuple(_bucket(part, len(prefix), shift, device) for part in _parts(spans))
     ends = sent([start + length - 1 for start, length in spans])
     return Pack(sent([ids]), sent([positions]), ends, len(head), buckets, past)
 
@@ -113,21 +118,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     packed = _CURRENT[-1]
     layer, packed.calls = packed.calls, packed.calls + 1
     out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # (T, heads, D)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     if packed.prefix:
-        first = tuple(x[: packed.prefix].transpose(0, 1)[None] for x in tokens)
-        packed.past[layer] = (first[1].clone(), first[2].clone())
+        first = tuple(x[: packed.prefix].transpose(0, 1)[None] for x in (q, k, v))
+        packed.past[layer] = (k[: packed.prefix].clone(), v[: packed.prefix].clone())
         out[: packed.prefix] = _causal(first[0], first[1], first[2], scaling)[0].transpose(0, 1)
-    past = packed.past.get(layer)
+    elif layer in packed.past:  # in front again, where the buckets look for it
+        k, v = (torch.cat(pair) for pair in zip(packed.past[layer], (k, v), strict=True))
     for bucket in packed.buckets:
-        q, k, v = (x[bucket.rows].transpose(1, 2) for x in tokens)  # (B, heads, L, D)
-        if past is not None:
-            k, v = (
-                torch.cat([p.expand(len(x), -1, -1, -1), x], dim=2)
-                for p, x in zip(past, (k, v), strict=True)
-            )
-        made = _causal(q, k, v, scaling).transpose(1, 2).flatten(0, 1)  # (B*L, H, D)
-        out[bucket.places] = made[bucket.kept]
+        asks, keys, values = q[bucket.rows], k[bucket.seen], v[bucket.seen]  # (B, ., heads, D)
+        made = _causal(asks.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scaling)
+        out[bucket.places] = made.transpose(1, 2).flatten(0, 1)[bucket.kept]
     return out[None]
 
 
@@ -145,14 +146,38 @@ def _interface(
 AttentionInterface.register(NAME, _interface)
 
 
+@contextmanager
+def compiled_layers(base: Any, wanted: bool) -> Iterator[None]:
+    """Within, where wanted: the decoder layers run as generated kernels (ten seconds to make)."""
+    layers: list[Any] = decoder_layers(base) if wanted else []
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = torch.compile(MethodType(type(layer).forward, layer), dynamic=True)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Causal attention whose last query sees the last key."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    bias = causal_lower_right(query.shape[2], key.shape[2])
+    if can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, False)):
+        # Its causal mask is aligned at the end of both (torch.nn.attention.bias); that module's
+        # own tensor class is not seen from inside compiled layers.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out: Tensor = flash(query, key, value, 0.0, True, False, scale=scaling)[0]
+        return out
+    length, seen = query.shape[2], key.shape[2]
+    mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, scale=scaling
+        query, key, value, attn_mask=mask, scale=scaling
     )
 
 
@@ -172,9 +197,11 @@ def _parts(spans: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         yield part
 
 
-def _bucket(spans: list[tuple[int, int]], device: torch.device) -> _Bucket:
+def _bucket(spans: list[tuple[int, int]], prefix: int, shift: int, device: torch.device) -> _Bucket:
+    """shift: how much further back a place is once the prefix stands in front."""
     width = max(length for _, length in spans)
     rows = [[start + min(i, length - 1) for i in range(width)] for start, length in spans]
+    seen = [[*range(prefix), *(place + shift for place in row)] for row in rows]
     kept = [row * width + i for row, (_, length) in enumerate(spans) for i in range(length)]
     places = [start + i for start, length in spans for i in range(length)]
-    return _Bucket(*(torch.tensor(values, device=device) for values in (rows, kept, places)))
+    return _Bucket(*(torch.tensor(values, device=device) for values in (rows, seen, kept, places)))

@@ -63,6 +63,15 @@ def test_packed_questions_do_not_see_each_other_under_grouped_heads() -> None:
         assert a.log_probabilities == pytest.approx(b.log_probabilities, abs=1e-4)
 
 
+def test_compiled_layers_score_alike_and_are_taken_back() -> None:
+    model, prompts = _model(tiny_chameleon), _prompts(6)
+    plain = score_options(model, (150, 151), prompts, LETTER_IDS)
+    compiled = score_options(model, (150, 151), prompts, LETTER_IDS, compile_layers=True)
+    for a, b in zip(plain, compiled, strict=True):
+        assert a.log_probabilities == pytest.approx(b.log_probabilities, abs=1e-4)
+    assert all("forward" not in layer.__dict__ for layer in model.model.layers)
+
+
 def test_only_plain_attention_is_packed() -> None:
     model = _model(tiny_llama)
     assert can_pack(model, 1000)
