@@ -24,7 +24,8 @@ from recipes.demo import demo_spec
 from recipes.demo_data import demo_config, demo_tokenizer, pictures, write_demo_data
 from recipes.demo_model import write_demo_model
 from recipes.report import run
-from recipes.train import Run, TrainingError
+from recipes.train import Run
+from recipes.training_loop import TrainingError
 
 STEPS = 6
 
