@@ -33,12 +33,12 @@ from recipes.preparing import (
     check_data,
     check_settings,
     corpus,
-    pad_id,
     prepare,
     tokenizer_of,
     total_steps,
     training_batches,
 )
+from recipes.tokenizers import pad_id
 from recipes.train_stock import train_stock
 from recipes.training_loop import Say, TrainingLoop
 from recipes.vocabulary import train_new_rows

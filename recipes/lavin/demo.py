@@ -12,10 +12,7 @@ import io
 import itertools
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -25,12 +22,13 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from planner.flags import Parser
 from recipes.console import note, out
+from recipes.demo_arguments import demo_arguments
 from recipes.demo_data import pictures
-from recipes.lavin.cli import report_text
+from recipes.killing import kill_once_saved
 from recipes.lavin.demo_base import write_language_base, write_vision_base
 from recipes.lavin.demo_data import demo_texts, demo_tokenizer, write_scienceqa
+from recipes.lavin.report import report_text
 from recipes.lavin.spec import lavin_spec
 from recipes.lavin.train import LavinReport, LavinRun, run_lavin
 
@@ -41,16 +39,11 @@ P_LEARNED = 0.01
 
 def run(argv: list[str]) -> int:
     """Entry point of the verb. Exit code 1 where a modality was not learned."""
-    parser = Parser(prog="vramwise lavin demo", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, help="keep everything here (default: a new folder)")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # operations this small lose more to waiting for threads than they win
-    folder = arguments.output or Path(tempfile.mkdtemp(prefix="vramwise-lavin-"))
+    as_object, folder = demo_arguments(argv, "lavin demo", __doc__)
     began = time.perf_counter()
     killed_at, report = demo(folder, note)
     result = as_json(report, killed_at, time.perf_counter() - began)
-    if arguments.json:
+    if as_object:
         out(json.dumps(result))
     else:
         out(report_text(report.as_dict()))
@@ -110,19 +103,9 @@ def train_and_kill(spec: Path, output: Path, limit_s: float = 120) -> int:
                "--output", str(output), "--device", "cpu"]  # fmt: skip
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )  # fmt: skip
-    deadline = time.monotonic() + limit_s
-    while child.poll() is None and time.monotonic() < deadline:
-        if list((output / "checkpoints").glob("step-*.json")):
-            break
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    saved = sorted((output / "checkpoints").glob("step-*.json"))
-    return int(saved[-1].stem.removeprefix("step-")) if saved else 0
+    return kill_once_saved(
+        command, output / "checkpoints", limit_s=limit_s, OMP_NUM_THREADS="1", PYTHONPATH=path
+    )
 
 
 def as_json(report: LavinReport, killed_at: int, seconds: float) -> dict[str, Any]:

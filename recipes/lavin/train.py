@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from planner.errors import InputError, Problem
 from planner.spec import RunSpec
@@ -25,6 +24,7 @@ from recipes.lavin.prompts import LavinEncoder, Turn, check_format, turn_of
 from recipes.lavin.scienceqa import ScienceQuestion, read_scienceqa
 from recipes.lavin.spec import LavinSettings
 from recipes.lavin.step import LavinStep
+from recipes.tokenizers import pad_id, read_tokenizer
 from recipes.training_loop import Say, TrainingLoop
 
 
@@ -59,9 +59,9 @@ class LavinRun:
         self.spec, self.settings, self.output, self.say = spec, settings, output, say
         check_format(settings.prompt_format)
         config = built.config if built else settings.config(spec)
-        self.tokenizer = tokenizer or _tokenizer(spec, settings)
-        pad = self.tokenizer.pad_token_id
-        self.pad_id = int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+        named = (spec.data.tokenizer if spec.data else None) or settings.language
+        self.tokenizer = tokenizer or read_tokenizer(named)
+        self.pad_id = pad_id(self.tokenizer)
         self.encoder = LavinEncoder(self.tokenizer, config.visual_tokens, spec.sequence_length - 1)
         size: Any = config.vision.image_size
         self.batches = LavinBatches(
@@ -172,12 +172,3 @@ def _judged_before(output: Path) -> dict[str, Score]:
         return {}
     values = json.loads(path.read_text(encoding="utf-8"))
     return {name: Score(**score) for name, score in values.items()}
-
-
-def _tokenizer(spec: RunSpec, settings: LavinSettings) -> Any:
-    name = (spec.data.tokenizer if spec.data else None) or settings.language
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(Problem("data.tokenizer", f"cannot be read: {reason}", name)) from None

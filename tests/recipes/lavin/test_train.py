@@ -12,9 +12,11 @@ import torch
 from planner.cli import main
 from planner.errors import InputError
 from recipes.checkpoints import CheckpointError
+from recipes.lavin.cli import CONFIGS
 from recipes.lavin.demo import as_json, demo
 from recipes.lavin.spec import lavin_spec
 from recipes.lavin.train import LavinRun, run_lavin
+from recipes.spec_file import read_spec
 from tests.recipes.lavin.tiny import tiny_spec
 
 
@@ -79,9 +81,7 @@ def test_all_that_is_wrong_in_a_spec_is_told_at_once(values) -> None:
 
 
 def test_the_shipped_configuration_is_valid() -> None:
-    from recipes.lavin.cli import _mapping
-
-    spec, settings = lavin_spec(_mapping("lavin-7b-scienceqa"))
+    spec, settings = lavin_spec(read_spec("lavin-7b-scienceqa", CONFIGS))
     assert settings.config(spec).visual_tokens == 6
 
 
