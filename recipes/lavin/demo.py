@@ -53,9 +53,10 @@ def run(argv: list[str]) -> int:
     return 0 if result["learned"] else 1
 
 
-def demo(folder: Path, say: Any, steps: int = STEPS) -> tuple[int, LavinReport]:
-    """The whole demonstration in `folder`: (step of the checkpoint at the kill, report)."""
-    spec = write_demo(folder, say, steps)
+def demo(folder: Path, say: Any, steps: int = STEPS, **sizes: int) -> tuple[int, LavinReport]:
+    """The whole demonstration in `folder`: (step of the checkpoint at the kill, report). sizes: as
+    `write_demo` takes them."""
+    spec = write_demo(folder, say, steps, **sizes)
     killed_at = train_and_kill(spec, folder / "run")
     say(f"killed after the checkpoint of step {killed_at}")
     return killed_at, run_lavin(_run(spec, folder / "run", say))
@@ -90,7 +91,7 @@ def demo_spec(data: Path, language: Path, vision: Path, steps: int) -> dict[str,
         "model": "lavin", "quantization": "none", "weights_dtype": "float32", "precision": "fp32",
         "optimizer": "adamw_torch", "micro_batch_size": 32, "sequence_length": 96,
         "schedule": {"max_steps": steps, "learning_rate": 5e-3, "warmup_steps": 10,
-                     "save_every_steps": max(1, steps // 4), "seed": SEED},
+                     "save_every_steps": max(1, steps // 8), "seed": SEED},
         "data": {"source": str(data)},
         "lavin": {"language": str(language), "vision": str(vision), "visual_every": 2,
                   "projector_size": 64, "dropout": 0.0, "prompt_format": "QCM-AE"},

@@ -93,7 +93,7 @@ def test_the_verb_names_what_it_knows(capsys) -> None:
 @pytest.mark.slow
 def test_the_demo_learns_both_modalities_and_survives_a_kill(tmp_path) -> None:
     began = time.perf_counter()
-    killed_at, report = demo(tmp_path, lambda text: None, steps=160)
+    killed_at, report = demo(tmp_path, lambda text: None, 160, training=2400, questions=600)
     result = as_json(report, killed_at, time.perf_counter() - began)
     assert result["learned"], result["p_above_chance"]
     assert result["after"]["TXT"] > result["before"]["TXT"]
