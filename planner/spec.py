@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from planner.errors import InputError, Problem, nearest_name
-from planner.spec_plain import plainly_valid
+from planner.spec_plain import Count, Section, plainly_valid
 from planner.units import parse_bytes
 
 # What `transformers.TrainingArguments(optim=...)` takes (transformers 5.17, training_args.py).
@@ -32,8 +32,6 @@ Optimizer = Literal[
     "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
 ]  # fmt: skip
 
-Count = Annotated[int, Field(ge=1, le=2**24)]
-
 
 def _as_bytes(value: object) -> object:
     return parse_bytes(value) if isinstance(value, str) else value
@@ -47,16 +45,6 @@ def _as_names(value: object) -> object:
             raise ValueError("is not a list of module names")
         return tuple(value)
     return value
-
-
-class Section(BaseModel):
-    """A strict, frozen part of the spec: unknown keys are refused. Its validator is built on first
-    use: what is plainly valid never needs it (planner.spec_plain)."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False,
-        defer_build=True,
-    )  # fmt: skip
 
 
 class Lora(Section):

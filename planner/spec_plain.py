@@ -1,8 +1,9 @@
-"""What is plainly valid, without pydantic's validator: building that costs as much as an answer.
+"""A section of the spec, and what of it is plainly valid without pydantic's validator:
+building that costs as much as an answer.
 
-Reads the same annotations. It accepts only what pydantic would accept unchanged (an int as a float
-aside, which becomes one in both); of anything else it says nothing, and pydantic decides. A test
-holds the two against each other.
+`plainly_valid` reads the annotations that pydantic reads. It accepts only what pydantic would
+accept unchanged (an int as a float aside, which becomes one in both); of anything else it says
+nothing, and pydantic decides. A test holds the two against each other.
 """
 
 from __future__ import annotations
@@ -13,11 +14,23 @@ from math import isfinite
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 M = TypeVar("M", bound=BaseModel)
 _EXACT_FLOAT = 1 << 53  # whole numbers up to here are floats
+
+Count = Annotated[int, Field(ge=1, le=2**24)]
+
+
+class Section(BaseModel):
+    """A strict, frozen part of the spec: unknown keys are refused. Its validator is built on first
+    use: what is plainly valid never needs it."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False,
+        defer_build=True,
+    )  # fmt: skip
 
 
 class _Doubt(Exception):  # noqa: N818 - no error: pydantic is asked

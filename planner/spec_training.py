@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from planner.spec import Count, Section
+from planner.spec_plain import Count, Section
 
 
 class Data(Section):

@@ -13,8 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from planner.spec import RunSpec
 from probes.random_weights import random_state
-from recipes.build import Built, weights_dtype
-from recipes.build import _adapted as add_adapters
+from recipes.build import Built, weights_dtype, with_adapters
 from recipes.models import model_class
 from recipes.quantize import keep_torch_kernels_on_cpu, quantization_config
 
@@ -49,4 +48,4 @@ def load_base(
 
 def adapt(base: PreTrainedModel, spec: RunSpec, device: torch.device) -> Built:
     """The spec's adapters (and k-bit preparation) on a loaded base."""
-    return Built(add_adapters(base, spec), base, base.config, spec, device)
+    return Built(with_adapters(base, spec), base, base.config, spec, device)

@@ -23,8 +23,8 @@ from planner.spec import RunSpec
 from recipes.models import load_config, model_class
 from recipes.quantize import keep_torch_kernels_on_cpu, quantization_config, random_model
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_LEAN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,15 @@ def build(
     base = _base_model(spec, loaded, target, weights)
     if target.type == "cpu":
         keep_torch_kernels_on_cpu(base)
-    return Built(_adapted(base, spec), base, base.config, spec, target)
+    return Built(with_adapters(base, spec), base, base.config, spec, target)
 
 
 def weights_dtype(spec: RunSpec) -> torch.dtype:
     """Dtype of what is not quantised, as loaded. The lean stack runs without autocast, so its
     weights take the dtype that autocast would compute in (a full fine-tune keeps its own)."""
     if spec.stack == "lean" and spec.method == "lora":
-        return _LEAN_DTYPES[spec.precision]
-    return _DTYPES[spec.weights_dtype]
+        return COMPUTE_DTYPES[spec.precision]
+    return DTYPES[spec.weights_dtype]
 
 
 def allocator_settings(spec: RunSpec) -> None:
@@ -100,7 +100,8 @@ def _base_model(
     )
 
 
-def _adapted(base: PreTrainedModel, spec: RunSpec) -> nn.Module:
+def with_adapters(base: PreTrainedModel, spec: RunSpec) -> nn.Module:
+    """What trains on the base: its adapters, or all of it. Raises InputError."""
     if spec.method == "full":
         return base.requires_grad_(True)
     if spec.quantization != "none" and spec.stack == "stock":

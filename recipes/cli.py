@@ -9,14 +9,17 @@ from typing import Any
 
 from planner.errors import VramwiseError
 from planner.flags import Parser
-from planner.spec import RunSpec, read_mapping, spec_from_mapping
+from planner.spec import RunSpec, spec_from_mapping
 from planner.units import format_gib, format_seconds
+from recipes.spec_file import read_spec
+
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def run(argv: list[str]) -> int:
     """Entry point of the verb. Exit code 0 when the run reached its end."""
     arguments = _parser().parse_args(argv)
-    spec = spec_from_mapping(_mapping(arguments.spec))
+    spec = spec_from_mapping(read_spec(arguments.spec, CONFIGS))
     planned = expectation(spec)
     if planned:
         _say(_planned_text(planned))
@@ -94,19 +97,6 @@ def _check(spec: RunSpec, planned: dict[str, Any] | None) -> int:
         print(finding)
         findings.append(finding)
     return 2 if any(finding.severity == "error" for finding in findings) else 0
-
-
-def _mapping(source: str) -> dict[str, Any]:
-    """A file, "-", or the name of a shipped configuration; a relative data path starts at it."""
-    shipped = Path(__file__).parent / "configs" / f"{source}.toml"
-    path = shipped if shipped.is_file() and not Path(source).exists() else Path(source)
-    values = read_mapping(str(path) if source != "-" else "-")
-    for table in ("data", "evaluation"):
-        if isinstance(values.get(table), dict) and isinstance(values[table].get("source"), str):
-            beside = path.parent / values[table]["source"]
-            if source != "-" and beside.exists():
-                values[table]["source"] = str(beside)
-    return values
 
 
 def _planned_text(planned: dict[str, Any]) -> str:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from planner.flags import Parser
 from planner.spec import RunSpec, spec_from_mapping
 from recipes.cli import report_text
 from recipes.console import note, out
 from recipes.data.encoding import pixels
+from recipes.demo_arguments import demo_arguments
 from recipes.demo_data import SIZE, demo_config, demo_tokenizer, pictures, write_demo_data
 from recipes.demo_model import write_demo_model
 from recipes.report import Report, judge
@@ -31,16 +30,11 @@ TRAINING_PICTURES, QUESTIONS, STEPS, SEED = 1500, 200, 900, 0
 
 def run(argv: list[str]) -> int:
     """Entry point of the verb. Exit code 1 where the tuned model is not better than the base."""
-    parser = Parser(prog="vramwise demo", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, help="keep everything here (default: a new folder)")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # operations this small lose more to waiting for threads than they win
-    folder = arguments.output or Path(tempfile.mkdtemp(prefix="vramwise-demo-"))
+    as_object, folder = demo_arguments(argv, "demo", __doc__)
     began = time.perf_counter()
     report = demo(folder, note)
     seconds = time.perf_counter() - began
-    if arguments.json:
+    if as_object:
         out(json.dumps(as_json(report, seconds)))
     else:
         out(report_text(report.as_dict()))

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from transformers import ChameleonConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from recipes.data.encoding import BEGIN_IMAGE, END_IMAGE
 from recipes.evaluation.questions import LETTERS, SPANISH, Question, prompt_of
 from recipes.models import chameleon_vocabulary_map
+from recipes.tokenizers import word_tokenizer
 
 COLOURS = {"rojo": (214, 40, 40), "verde": (46, 160, 67), "azul": (40, 80, 214),
            "amarillo": (240, 205, 40)}  # fmt: skip
@@ -80,12 +81,7 @@ def demo_tokenizer(
         if name not in vocabulary:
             vocabulary[name] = next(i for i in itertools.count(free) if i != placeholder_id)
             free = vocabulary[name] + 1
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = _splitter()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>",
-    )  # fmt: skip
+    return word_tokenizer(vocabulary, _splitter())
 
 
 def demo_config(tokenizer: Any) -> PretrainedConfig:

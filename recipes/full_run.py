@@ -11,17 +11,16 @@ import argparse
 import csv
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from planner.spec import read_mapping
 from recipes.console import out
 from recipes.demo_data import COLOURS, PLACES, SHAPES, demo_config, demo_tokenizer
 from recipes.evaluation.questions import LETTERS
+from recipes.killing import kill_once_saved
 from recipes.models import CHAMELEON_PLACEHOLDER_ID
 
 _STEPS, _SAVE_EVERY = 12, 4
@@ -41,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.executable, "-m", "planner.cli", "train", str(spec), "--output", str(folder / "run"),
         "--device", "cpu" if arguments.tiny else "cuda",
     ]  # fmt: skip
-    killed_at = _train_and_kill(command, folder / "run/checkpoints", arguments.seconds)
+    second = f"step-{2 * _SAVE_EVERY:08d}.json"
+    killed_at = kill_once_saved(command, folder / "run/checkpoints", second, arguments.seconds)
     began = time.monotonic()
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False,
                           timeout=arguments.seconds)  # fmt: skip
@@ -97,21 +97,6 @@ def _write_questions(path: Path, draw: random.Random) -> None:
             text = "¿Qué figura se ve? " + " ".join(draw.choice(PLACES) for _ in range(40))
             subject = ("abstract_algebra", "astronomy", "law", "virology")[index // 50]
             writer.writerow([index, text, *SHAPES, draw.choice(LETTERS), subject])
-
-
-def _train_and_kill(command: list[str], checkpoints: Path, limit_s: float) -> int:
-    """Start the run, kill it once its second checkpoint is there: the step it had saved."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + limit_s
-    wanted = f"step-{2 * _SAVE_EVERY:08d}.json"
-    while child.poll() is None and time.monotonic() < deadline:
-        if (checkpoints / wanted).is_file():
-            break
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    saved: list[Any] = sorted(checkpoints.glob("step-*.json"))
-    return int(saved[-1].stem.removeprefix("step-")) if saved else 0
 
 
 if __name__ == "__main__":

@@ -12,24 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Trainer, get_scheduler
+from torch import Tensor
 
-from planner.errors import UnsupportedError
 from planner.spec import RunSpec
 from recipes.adapters import Seeds, fuse
 from recipes.build import Built
+from recipes.data.batches import Batch
 from recipes.dropout import use_kernels
 from recipes.images import with_image_tokens
 from recipes.layers import LayerOptions, decoder_layers, first_trainable_layer, prepare_layers
 from recipes.loss import head_of, linear_cross_entropy, predicted_rows
 from recipes.phases import Listener, phase, silent
-from recipes.stock import training_arguments
-
-Batch = dict[str, Tensor]
+from recipes.training_step import TrainingStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +44,11 @@ class LeanOptions:
 DEFAULT_OPTIONS = LeanOptions()
 
 
-class LeanStep:
+class LeanStep(TrainingStep):
     """One optimizer step at a time: `loss = step.step(batches)`.
 
-    Owns the optimizer and the schedule (as Trainer makes them), the dropout seeds and, in fp16,
-    the gradient scaler. The built model must have been built with stack "lean".
+    Owns the dropout seeds beside what every training step owns. The built model must have been
+    built with stack "lean".
     """
 
     def __init__(
@@ -64,13 +60,12 @@ class LeanStep:
         options: LeanOptions = DEFAULT_OPTIONS,
         listener: Listener = silent,
     ) -> None:
-        self.built, self.spec, self.options, self.listener = built, spec, options, listener
-        self.step_index = 0
+        self.built, self.options = built, options
         compiled = built.device.type == "cuda" if options.compile is None else options.compile
-        self.model, self.base = built.model.train(), built.base
+        model, self.base = built.model.train(), built.base
         use_kernels(options.kernels)
         fused = options.fuse_adapters and spec.method == "lora"
-        self._seeds = fuse(self.model, built.device) if fused else Seeds(0, built.device)
+        self._seeds = fuse(model, built.device) if fused else Seeds(0, built.device)
         self._freeze_unreached()
         prepare_layers(
             self.base,
@@ -78,28 +73,25 @@ class LeanStep:
         )
         self._head = head_of(self.base)
         self._trunk_trains = any(p.requires_grad for p in self.base.model.parameters())
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer, self.scheduler = self._optimizer(
-            total_steps or spec.schedule.max_steps or 1
-        )
-        self._scaler = torch.amp.GradScaler(enabled=spec.precision == "fp16")
+        super().__init__(
+            spec, model, built.device, total_steps,
+            torch.amp.GradScaler(enabled=spec.precision == "fp16"), listener, "on the lean stack",
+        )  # fmt: skip
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
-        """One optimizer step over the micro batches of an accumulation: their loss, a detached 0-d
-        tensor on the device (the mean over every predicted token of all of them)."""
         parts = [part for batch in batches for part in _parts(batch, self.options.sub_batches)]
         rows = [predicted_rows(part["labels"]) for part in parts]
         count = sum(len(targets) for _, targets in rows)
-        total = torch.zeros((), device=self.built.device)
+        total = torch.zeros((), device=self.device)
         with phase(self.listener, "step"):
             for index, (part, (positions, targets)) in enumerate(zip(parts, rows, strict=True)):
                 self._seeds.set(self.spec.schedule.seed, self.step_index, index)
                 with phase(self.listener, "forward"):
                     loss = self._loss(part, positions, targets, count)
                 with phase(self.listener, "backward"):
-                    self._scaler.scale(loss).backward()
+                    self.scaler.scale(loss).backward()
                 total += loss.detach()
-            self._update()
+            self.update()
         self.step_index += 1
         return total
 
@@ -113,22 +105,6 @@ class LeanStep:
         self.model.train()
         return loss, len(targets)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the trained parameters."""
-        return {
-            "step_index": self.step_index,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self._scaler.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was taken."""
-        self.step_index = state["step_index"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self._scaler.load_state_dict(state["scaler"])
-
     def _loss(self, batch: Batch, positions: Tensor, targets: Tensor, count: int) -> Tensor:
         head = self._head
         hidden = self._hidden(batch)
@@ -140,7 +116,7 @@ class LeanStep:
             )  # fmt: skip
 
     def _hidden(self, batch: Batch) -> Tensor:
-        device = self.built.device
+        device = self.device
         inputs = {
             key: _sent(value, device)
             for key, value in batch.items()
@@ -151,35 +127,6 @@ class LeanStep:
                 self.base, inputs["input_ids"], batch.get("pixel_values")
             )
             return self.base.model(**inputs, use_cache=False).last_hidden_state
-
-    def _update(self) -> None:
-        if self.spec.max_grad_norm:
-            with phase(self.listener, "clip"):
-                self._scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.trained, self.spec.max_grad_norm)
-        with phase(self.listener, "optimizer"):
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
-            self.scheduler.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def _optimizer(self, total_steps: int) -> tuple[torch.optim.Optimizer, Any]:
-        """Trainer's own optimizer class and arguments for the spec's name, and its schedule."""
-        arguments = training_arguments(
-            self.spec, "unused", on_cpu=self.built.device.type == "cpu", bf16=False, fp16=False
-        )
-        model: Any = self.model
-        kind: Any
-        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
-            raise UnsupportedError(f"optimizer {self.spec.optimizer!r} on the lean stack")
-        make: Any = kind
-        optimizer = make(self.trained, weight_decay=arguments.weight_decay, **values)
-        schedule = self.spec.schedule
-        return optimizer, get_scheduler(
-            "linear", optimizer, num_warmup_steps=schedule.warmup_steps,
-            num_training_steps=total_steps,
-        )  # fmt: skip
 
     def _freeze_unreached(self) -> None:
         """The image tokenizer gets no gradient in any setting (argmin stands behind it)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from planner.errors import InputError, Problem
 from planner.spec import RunSpec
@@ -24,6 +24,7 @@ from recipes.data.encoding import Encoded, Encoder
 from recipes.data.schemas import questions_of, samples_of
 from recipes.data.tables import read_table
 from recipes.evaluation.questions import ENGLISH, SPANISH, Question, Wording, stratified
+from recipes.tokenizers import pad_id, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,4 @@ def corpus(spec: RunSpec) -> list[str]:
 
 def tokenizer_of(spec: RunSpec) -> Any:
     """The spec's tokenizer, or its model's. Raises InputError."""
-    name = (spec.data.tokenizer if spec.data else None) or spec.model
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(Problem("data.tokenizer", f"cannot be read: {reason}", name)) from None
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The padding token, or the end token where there is none."""
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
+    return read_tokenizer((spec.data.tokenizer if spec.data else None) or spec.model)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from planner.errors import InputError, Problem, UnsupportedError, VramwiseError
+from planner.errors import InputError, Problem, UnsupportedError
 from planner.spec import RunSpec
 from recipes.base_changes import changed_base
 from recipes.build import Built, build
-from recipes.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from recipes.checks import (
-    Finding,
-    check_model,
-)
+from recipes.checks import Finding, check_model
 from recipes.data.batches import Batches
 from recipes.data.encoding import pixels
 from recipes.evaluation.scoring import (
@@ -39,20 +33,15 @@ from recipes.preparing import (
     check_data,
     check_settings,
     corpus,
-    pad_id,
     prepare,
     tokenizer_of,
     total_steps,
     training_batches,
 )
+from recipes.tokenizers import pad_id
 from recipes.train_stock import train_stock
+from recipes.training_loop import Say, TrainingLoop
 from recipes.vocabulary import train_new_rows
-
-Say = Callable[[str], None]
-
-
-class TrainingError(VramwiseError):
-    """The run cannot go on; says what is kept."""
 
 
 class Run:
@@ -81,15 +70,13 @@ class Run:
         self._lean: LeanStep | None = None
         if spec.stack == "lean":
             self._lean = LeanStep(self.built, spec, total_steps=self.steps, options=options)
+            self._loop = TrainingLoop(
+                output, self._lean, self.batches, self.steps, spec.model_dump_json(), say
+            )
         layers = len(decoder_layers(self.built.base))
         self._stop_on_errors(check_model(self.built.model, reached_layers(self.built), layers))
         self.losses: list[float] = []
         self._base_answers: list[Answer] | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where this run's checkpoints lie."""
-        return self.output / "checkpoints"
 
     @property
     def lean(self) -> LeanStep:
@@ -100,38 +87,15 @@ class Run:
 
     def train(self, stop_after: int | None = None) -> list[float]:
         """Train to the end (or to step `stop_after`), saving as the spec says; all losses so far.
-
-        Raises TrainingError for a loss that is no number, CheckpointError for a checkpoint that
-        cannot be written or trusted. Nothing of an earlier checkpoint is touched by either.
-        """
+        Raises what `TrainingLoop.train` raises."""
         if self._lean is None:
             held_out, steps = self.prepared.held_out, stop_after or self.steps
             self.losses, _ = train_stock(
                 self.built, self.spec, self.batches, held_out, self.output, steps, self.say
             )
-            return self.losses
-        self._resume()
-        every = self.spec.schedule.save_every_steps
-        last = min(self.steps, stop_after or self.steps)
-        while self.lean.step_index < last:
-            self._one_step()
-            done = self.lean.step_index
-            if done % (self.spec.schedule.evaluate_every_steps or self.steps + 1) == 0:
-                self.say(f"step {done}: held-out loss {self.held_out_loss():.4f}")
-            if (every and done % every == 0) or done == self.steps:
-                self.save()
+        else:
+            self.losses = self._loop.train(stop_after, self._evaluate)
         return self.losses
-
-    def save(self) -> None:
-        """A checkpoint of now."""
-        trained = {n: p for n, p in self.built.model.named_parameters() if p.requires_grad}
-        made = save_checkpoint(
-            self.checkpoints, self.lean.step_index,
-            {"trained": {n: p.detach().cpu() for n, p in trained.items()},
-             "step": self.lean.state_dict(), "losses": self.losses,
-             "spec": self.spec.model_dump_json()},
-        )  # fmt: skip
-        self.say(f"step {made.step}: saved {made.path.name}")
 
     def held_out_loss(self) -> float:
         """Mean loss a token over the held-out samples; nan without any."""
@@ -181,35 +145,10 @@ class Run:
             prompts.append(Prompt(ids))
         return (*encoder.start, *encoder.text(wording.prefix)), prompts
 
-    def _one_step(self) -> None:
-        index = self.lean.step_index
-        loss = self.lean.step(self.batches.step(index)).item()
-        if not math.isfinite(loss):
-            kept = sorted(self.checkpoints.glob("step-*.json"))
-            rest = f"{kept[-1].stem} is kept" if kept else "there is no checkpoint yet"
-            raise TrainingError(f"the loss is {loss} at step {index + 1}: {rest}")
-        self.losses.append(loss)
-        _append(self.output / "losses.jsonl", {"step": index + 1, "loss": loss})
-
-    def _resume(self) -> None:
-        if self.lean.step_index:
-            return
-        found = load_checkpoint(self.checkpoints)
-        if found is None:
-            (self.output / "losses.jsonl").unlink(missing_ok=True)
-            return
-        checkpoint, state = found
-        if state["spec"] != self.spec.model_dump_json():
-            raise CheckpointError(f"{checkpoint.path} is of another spec: choose another folder")
-        parameters = dict(self.built.model.named_parameters())
-        with torch.no_grad():
-            for name, values in state["trained"].items():
-                parameters[name].copy_(values)
-        self.lean.load_state_dict(state["step"])
-        self.losses = list(state["losses"])
-        lines = [{"step": i + 1, "loss": loss} for i, loss in enumerate(self.losses)]
-        _rewrite(self.output / "losses.jsonl", lines)
-        self.say(f"going on from step {checkpoint.step}")
+    def _evaluate(self, done: int) -> None:
+        """Tell the held-out loss where the spec asks for it after so many steps."""
+        if done % (self.spec.schedule.evaluate_every_steps or self.steps + 1) == 0:
+            self.say(f"step {done}: held-out loss {self.held_out_loss():.4f}")
 
     def _change_model(self, first_new_id: int | None) -> None:
         """Liger's kernels and trained new rows, as the spec asks for them."""
@@ -258,14 +197,3 @@ class Run:
         errors = [f for f in findings if f.severity == "error"]
         if errors:
             raise InputError(Problem(finding.subject, finding.text) for finding in errors)
-
-
-def _append(path: Path, values: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
-
-
-def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)

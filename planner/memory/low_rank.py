@@ -27,12 +27,56 @@ def is_target(leaf: Tensor, is_embedding: bool = False) -> bool:
     return len(leaf.shape) == 2 and not is_embedding and "norm" not in module
 
 
-class GaLore(Optimizer):
-    """AdamW on the projected gradient; the update is projected back."""
+class ProjectedAdamW(Optimizer):
+    """AdamW that is shown a target's gradient at a low rank. A subclass says what it keeps of a
+    target, how its gradient is projected, and what the update becomes."""
+
+    launches = 14
 
     def states(self, leaf: Tensor, is_embedding: bool = False) -> list[State]:
         if not is_target(leaf, is_embedding):
             return [State(leaf.shape, leaf.dtype)] * 2
+        return self.target_states(leaf)
+
+    def target_states(self, leaf: Tensor) -> list[State]:
+        """The projection, then what AdamW keeps at the low rank."""
+        raise NotImplementedError(self.name)
+
+    def project(self, t: Engine, leaf: Tensor) -> Tensor:
+        """The gradient at the low rank."""
+        raise NotImplementedError(self.name)
+
+    def full_update(self, t: Engine, leaf: Tensor) -> Tensor:
+        """The update in the target's own shape."""
+        raise NotImplementedError(self.name)
+
+    def step(self, t: Engine, leaves: list[Tensor]) -> None:
+        grad: Tensor | None = None
+        root: Tensor | None = None
+        update: Tensor | None = None
+        with t.recorder.scope("optimizer"):
+            for leaf in leaves:
+                grad = leaf.grad
+                low: Shape = leaf.shape
+                if is_target(leaf):
+                    grad = self.project(t, leaf)
+                    low = grad.shape
+                root = t.new(low, leaf.dtype, "sqrt")
+                update = t.new(low, leaf.dtype, "div")
+                if is_target(leaf):
+                    update = self.full_update(t, leaf)
+                t.count(14 * prod(leaf.shape) * leaf.dtype.itemsize, self.launches)
+        del grad, root, update
+
+    def leaf_step(self, t: Engine, leaf: Tensor) -> None:
+        self.step(t, [leaf])
+        leaf.grad = None
+
+
+class GaLore(ProjectedAdamW):
+    """AdamW on the projected gradient; the update is projected back."""
+
+    def target_states(self, leaf: Tensor) -> list[State]:
         return [self._projection(leaf), *self._moments(leaf)]
 
     def _moments(self, leaf: Tensor) -> list[State]:
@@ -45,28 +89,12 @@ class GaLore(Optimizer):
         rank = least if leaf.dtype is F32 else min(RANK, least)
         return State((rank, columns) if rows >= columns else (rows, rank), leaf.dtype)
 
-    def step(self, t: Engine, leaves: list[Tensor]) -> None:
-        grad: Tensor | None = None
-        root: Tensor | None = None
-        update: Tensor | None = None
-        with t.recorder.scope("optimizer"):
-            for leaf in leaves:
-                grad = leaf.grad
-                low: Shape = leaf.shape
-                if is_target(leaf):
-                    decompose(t, leaf)
-                    low = low_shape(leaf)
-                    grad = t.new(low, leaf.dtype, "mm (projected)")
-                root = t.new(low, leaf.dtype, "sqrt")
-                update = t.new(low, leaf.dtype, "div")
-                if is_target(leaf):
-                    update = project_back(t, leaf)
-                t.count(14 * prod(leaf.shape) * leaf.dtype.itemsize, 14)
-        del grad, root, update
+    def project(self, t: Engine, leaf: Tensor) -> Tensor:
+        decompose(t, leaf)
+        return t.new(low_shape(leaf), leaf.dtype, "mm (projected)")
 
-    def leaf_step(self, t: Engine, leaf: Tensor) -> None:
-        self.step(t, [leaf])
-        leaf.grad = None
+    def full_update(self, t: Engine, leaf: Tensor) -> Tensor:
+        return project_back(t, leaf)
 
 
 class GaLore8bit(GaLore):
@@ -146,50 +174,31 @@ class GaLoreAdafactor(GaLore):
         del grad, weight, update
 
 
-class Apollo(Optimizer):
+class Apollo(ProjectedAdamW):
     """AdamW on a randomly projected gradient; its growth scales the gradient itself."""
 
-    def states(self, leaf: Tensor, is_embedding: bool = False) -> list[State]:
-        if not is_target(leaf, is_embedding):
-            return [State(leaf.shape, leaf.dtype)] * 2
+    launches = 24
+
+    def target_states(self, leaf: Tensor) -> list[State]:
         rows, columns = leaf.shape
         tall = rows >= columns
         projection = State((RANK, columns) if tall else (rows, RANK), leaf.dtype)
         low = State((rows, RANK) if tall else (RANK, columns), leaf.dtype)
         return [projection, low, low, State((), leaf.dtype)]
 
-    def step(self, t: Engine, leaves: list[Tensor]) -> None:
-        grad: Tensor | None = None
-        root: Tensor | None = None
-        update: Tensor | None = None
-        with t.recorder.scope("optimizer"):
-            for leaf in leaves:
-                grad = leaf.grad
-                low: Shape = leaf.shape
-                if is_target(leaf):
-                    projection, low = (state.shape for state in self.states(leaf)[:2])
-                    self._draw(t, leaf, projection)
-                    grad = t.new(low, leaf.dtype, "mm (projected)")
-                root = t.new(low, leaf.dtype, "sqrt")
-                update = t.new(low, leaf.dtype, "div")
-                if is_target(leaf):
-                    scaled = t.new(leaf.shape, leaf.dtype, "mul (scaled gradient)")
-                    limited = t.new(leaf.shape, leaf.dtype, "div (limited)")
-                    del scaled
-                    update = limited
-                    del limited
-                t.count(14 * prod(leaf.shape) * leaf.dtype.itemsize, 24)
-        del grad, root, update
-
-    def _draw(self, t: Engine, leaf: Tensor, shape: Shape) -> None:
+    def project(self, t: Engine, leaf: Tensor) -> Tensor:
+        projection, low, *_ = (state.shape for state in self.target_states(leaf))
         matrix = None if leaf.dtype is F32 else t.new(leaf.shape, F32, "float (gradient)")
-        drawn = t.new(shape, F32, "randn")
-        divided = t.new(shape, F32, "div")
+        drawn = t.new(projection, F32, "randn")
+        divided = t.new(projection, F32, "div")
         del drawn, divided, matrix
+        return t.new(low, leaf.dtype, "mm (projected)")
 
-    def leaf_step(self, t: Engine, leaf: Tensor) -> None:
-        self.step(t, [leaf])
-        leaf.grad = None
+    def full_update(self, t: Engine, leaf: Tensor) -> Tensor:
+        scaled = t.new(leaf.shape, leaf.dtype, "mul (scaled gradient)")
+        limited = t.new(leaf.shape, leaf.dtype, "div (limited)")
+        del scaled
+        return limited
 
 
 def low_shape(leaf: Tensor) -> Shape:

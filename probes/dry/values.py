@@ -7,22 +7,28 @@ them alone is also run on the CPU. A value that is read and not known is named i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 
 from planner.errors import UnsupportedError
 from probes.dry import fast
-
-if TYPE_CHECKING:
-    from probes.dry.recorder import Recorder
+from probes.dry.scope import Scope
 
 MAX_ELEMENTS = 1 << 18  # beyond this a value costs more than it can decide
 _ATTRIBUTE = "_vramwise_value"
 _READ = torch.ops.aten._local_scalar_dense.default
 _COPY = torch.ops.aten._to_copy.default
 _RANDOM = ("rand", "bernoulli", "normal", "dropout", "multinomial")
+
+
+class Notes(Protocol):
+    """What is told of a run: where the step is, and what the answer has to name as unknown."""
+
+    scope: Scope
+
+    def note_unknown(self, what: str) -> None: ...
 
 
 def give(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -49,7 +55,7 @@ def of(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor.__dict__.get(_ATTRIBUTE) if hasattr(tensor, "__dict__") else None
 
 
-def run(recorder: Recorder, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def run(recorder: Notes, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run `func`; meta results of operations whose inputs all carry values carry values too."""
     if func is _READ:
         return _read(recorder, args[0])
@@ -123,7 +129,7 @@ def _cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if value is None else value
 
 
-def _read(recorder: Recorder, tensor: torch.Tensor) -> Any:
+def _read(recorder: Notes, tensor: torch.Tensor) -> Any:
     if tensor.device.type != "meta":
         return tensor.item()
     value = of(tensor)
@@ -140,7 +146,7 @@ def _read(recorder: Recorder, tensor: torch.Tensor) -> Any:
     )
 
 
-def _copied(recorder: Recorder, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _copied(recorder: Notes, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     source = args[0]
     target = kwargs.get("device")
     if source.device.type == "meta" and target is not None and torch.device(target).type == "cpu":

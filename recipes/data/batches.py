@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class Batches:
     pad_to: int | None = None
     group_by_length: bool = True
 
+    @cached_property
+    def _orders(self) -> dict[int, list[list[int]]]:
+        """The order of the epoch that steps were last asked of."""
+        return {}
+
     @property
     def steps_per_epoch(self) -> int:
         """Whole optimizer steps; a last part of a step is left out, as a full batch is asked."""
@@ -40,7 +46,10 @@ class Batches:
     def step(self, index: int) -> list[Batch]:
         """Micro batches of optimizer step `index` (from 0)."""
         epoch, place = divmod(index, self.steps_per_epoch)
-        order = self._order(epoch)
+        if epoch not in self._orders:
+            self._orders.clear()  # the epoch before is over
+            self._orders[epoch] = self._order(epoch)
+        order = self._orders[epoch]
         first = place * self.parts
         return [self.batch(places) for places in order[first : first + self.parts]]
 

@@ -50,14 +50,14 @@ class BadRowError(ValueError):
 def samples_of(table: Table, format: str = "auto", field: str = "data") -> list[Sample]:
     """Every row as a sample. Raises InputError by column, and by row for the first bad ones."""
     schema(table, TRAINING, format, field)
-    return _each(table, lambda row: _sample(row, table.folder), field)
+    return each_row(table, lambda row: _sample(row, table.folder), field)
 
 
 def questions_of(table: Table, format: str = "auto", field: str = "evaluation") -> list[Question]:
     """Every row as a question. Raises InputError as `samples_of` does."""
     name = schema(table, QUESTIONS, format, field)
     parse = {"mmmlu": _mmmlu, "global_mmlu": _global_mmlu, "mmlu": _mmlu, "images": _mmlu}[name]
-    return _each(table, lambda row: parse(row, table.folder), field)
+    return each_row(table, lambda row: parse(row, table.folder), field)
 
 
 def schema(table: Table, known: dict[str, tuple[str, ...]], format: str, field: str) -> str:
@@ -79,9 +79,10 @@ def schema(table: Table, known: dict[str, tuple[str, ...]], format: str, field: 
     return format
 
 
-def _each(
+def each_row(
     table: Table, parse: Callable[[Row], _Parsed], field: str, told: int = 5
 ) -> list[_Parsed]:
+    """Every row parsed. Raises InputError with the first `told` that raise BadRowError."""
     parsed, problems = [], []
     for number, row in enumerate(table.rows, start=1):
         try:
@@ -97,7 +98,7 @@ def _each(
 
 
 def _sample(row: Row, folder: Path | None) -> Sample:
-    image = _image(row["image"], folder) if row.get("image") is not None else None
+    image = image_of(row.get("image"), folder)
     return Sample(
         _text(row, "instruction"), _text(row, "input", empty=True) if "input" in row else "",
         _text(row, "output"), image,
@@ -123,7 +124,7 @@ def _mmlu(row: Row, folder: Path | None) -> Question:
     answer = row["answer"]
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise BadRowError(f"answer is not 0 to 3 (got {answer!r})")
-    image = _image(row["image"], folder) if row.get("image") is not None else None
+    image = image_of(row.get("image"), folder)
     options = tuple(str(choice) for choice in choices)
     return Question(_text(row, "question"), options, answer, str(row.get("subject", "")), image)  # type: ignore[arg-type]
 
@@ -149,8 +150,11 @@ def _letter(row: Row, column: str) -> int:
     return LETTERS.index(letter)
 
 
-def _image(value: Any, folder: Path | None) -> str | bytes:
-    """A path, bytes, or the Hub's {"bytes", "path"}."""
+def image_of(value: Any, folder: Path | None) -> str | bytes | None:
+    """An image column's path or bytes, also out of the Hub's {"bytes", "path"}; None stays None.
+    Raises BadRowError."""
+    if value is None:
+        return None
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

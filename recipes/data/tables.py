@@ -37,6 +37,16 @@ def read_table(source: str, split: str = "train", field: str = "data.source") ->
     return _table(_hub_rows(source, split, field), source, None, field)
 
 
+def read_json(path: Path, field: str) -> Any:
+    """What a JSON file holds. Raises InputError naming `field`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(Problem(field, "no such file", str(path))) from None
+    except ValueError as error:
+        raise InputError(Problem(field, f"is not JSON: {error}", str(path))) from None
+
+
 def _table(rows: list[Row], source: str, folder: Path | None, field: str) -> Table:
     if not rows:
         raise InputError(Problem(field, "holds no rows", source))

@@ -16,13 +16,10 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from planner.errors import InputError, Problem
 from planner.spec import RunSpec
-from recipes.build import allocator_settings
+from recipes.build import COMPUTE_DTYPES, DTYPES, allocator_settings
 from recipes.lavin.config import LavinConfig, lavin_config
 from recipes.lavin.model import Lavin
 from recipes.quantize import keep_torch_kernels_on_cpu, quantization_config, random_model
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +68,8 @@ def build_lavin(
 def _language(
     spec: RunSpec, config: LavinConfig, device: torch.device, weights: str | Path
 ) -> LlamaForCausalLM:
-    dtype = _DTYPES[spec.weights_dtype]
-    quantization = quantization_config(spec, _COMPUTE[spec.precision])
+    dtype = DTYPES[spec.weights_dtype]
+    quantization = quantization_config(spec, COMPUTE_DTYPES[spec.precision])
     if str(weights) == "random":
         return random_model(config.text, quantization, dtype, spec.attention, device)  # type: ignore[return-value]
     return LlamaForCausalLM.from_pretrained(
@@ -85,7 +82,7 @@ def _vision(
     spec: RunSpec, config: LavinConfig, device: torch.device, weights: str | Path
 ) -> CLIPVisionModel:
     values: dict[str, Any] = {
-        "dtype": _DTYPES[spec.weights_dtype], "attn_implementation": spec.attention,
+        "dtype": DTYPES[spec.weights_dtype], "attn_implementation": spec.attention,
     }  # fmt: skip
     if str(weights) != "random":
         return CLIPVisionModel.from_pretrained(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, Problem, nearest_name
-from recipes.data.schemas import BadRowError, _each, schema
-from recipes.data.tables import Row, Table
+from recipes.data.schemas import BadRowError, each_row, schema
+from recipes.data.tables import Row, Table, read_json
 from recipes.lavin.prompts import Turn
 
 COLUMNS = ("instruction", "answer", "image", "image_source", "options", "qid")
@@ -23,16 +22,11 @@ def read_chat(source: str, split: str = "train", field: str = "data.source") -> 
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
     table = Table(rows, columns, str(path), path.parent)
     schema(table, {"lavin chat": COLUMNS}, "lavin chat", field)
-    return _each(table, lambda row: _turn(row, path.parent), field)
+    return each_row(table, lambda row: _turn(row, path.parent), field)
 
 
 def _rows(path: Path, split: str, field: str) -> list[Row]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(Problem(field, "no such file", str(path))) from None
-    except ValueError as error:
-        raise InputError(Problem(field, f"is not JSON: {error}", str(path))) from None
+    values = read_json(path, field)
     if not isinstance(values, dict) or not all(isinstance(v, list) for v in values.values()):
         raise InputError(Problem(field, "is not an object of lists, one a split", str(path)))
     if split not in values:

@@ -12,10 +12,7 @@ import io
 import itertools
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -25,12 +22,13 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from planner.flags import Parser
 from recipes.console import note, out
+from recipes.demo_arguments import demo_arguments
 from recipes.demo_data import pictures
-from recipes.lavin.cli import report_text
+from recipes.killing import kill_once_saved
 from recipes.lavin.demo_base import write_language_base, write_vision_base
 from recipes.lavin.demo_data import demo_texts, demo_tokenizer, write_scienceqa
+from recipes.lavin.report import report_text
 from recipes.lavin.spec import lavin_spec
 from recipes.lavin.train import LavinReport, LavinRun, run_lavin
 
@@ -41,16 +39,11 @@ P_LEARNED = 0.01
 
 def run(argv: list[str]) -> int:
     """Entry point of the verb. Exit code 1 where a modality was not learned."""
-    parser = Parser(prog="vramwise lavin demo", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, help="keep everything here (default: a new folder)")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # operations this small lose more to waiting for threads than they win
-    folder = arguments.output or Path(tempfile.mkdtemp(prefix="vramwise-lavin-"))
+    as_object, folder = demo_arguments(argv, "lavin demo", __doc__)
     began = time.perf_counter()
     killed_at, report = demo(folder, note)
     result = as_json(report, killed_at, time.perf_counter() - began)
-    if arguments.json:
+    if as_object:
         out(json.dumps(result))
     else:
         out(report_text(report.as_dict()))
@@ -60,9 +53,10 @@ def run(argv: list[str]) -> int:
     return 0 if result["learned"] else 1
 
 
-def demo(folder: Path, say: Any, steps: int = STEPS) -> tuple[int, LavinReport]:
-    """The whole demonstration in `folder`: (step of the checkpoint at the kill, report)."""
-    spec = write_demo(folder, say, steps)
+def demo(folder: Path, say: Any, steps: int = STEPS, **sizes: int) -> tuple[int, LavinReport]:
+    """The whole demonstration in `folder`: (step of the checkpoint at the kill, report). sizes: as
+    `write_demo` takes them."""
+    spec = write_demo(folder, say, steps, **sizes)
     killed_at = train_and_kill(spec, folder / "run")
     say(f"killed after the checkpoint of step {killed_at}")
     return killed_at, run_lavin(_run(spec, folder / "run", say))
@@ -97,7 +91,7 @@ def demo_spec(data: Path, language: Path, vision: Path, steps: int) -> dict[str,
         "model": "lavin", "quantization": "none", "weights_dtype": "float32", "precision": "fp32",
         "optimizer": "adamw_torch", "micro_batch_size": 32, "sequence_length": 96,
         "schedule": {"max_steps": steps, "learning_rate": 5e-3, "warmup_steps": 10,
-                     "save_every_steps": max(1, steps // 4), "seed": SEED},
+                     "save_every_steps": max(1, steps // 8), "seed": SEED},
         "data": {"source": str(data)},
         "lavin": {"language": str(language), "vision": str(vision), "visual_every": 2,
                   "projector_size": 64, "dropout": 0.0, "prompt_format": "QCM-AE"},
@@ -110,19 +104,9 @@ def train_and_kill(spec: Path, output: Path, limit_s: float = 120) -> int:
                "--output", str(output), "--device", "cpu"]  # fmt: skip
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )  # fmt: skip
-    deadline = time.monotonic() + limit_s
-    while child.poll() is None and time.monotonic() < deadline:
-        if list((output / "checkpoints").glob("step-*.json")):
-            break
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    saved = sorted((output / "checkpoints").glob("step-*.json"))
-    return int(saved[-1].stem.removeprefix("step-")) if saved else 0
+    return kill_once_saved(
+        command, output / "checkpoints", limit_s=limit_s, OMP_NUM_THREADS="1", PYTHONPATH=path
+    )
 
 
 def as_json(report: LavinReport, killed_at: int, seconds: float) -> dict[str, Any]:

@@ -32,11 +32,8 @@ def write_language_base(folder: Path, tokenizer: Any, steps: int, seed: int) -> 
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
     say = tokenizer.convert_tokens_to_ids(SAY)
-    rows = [
-        [1, *tokenizer(text, add_special_tokens=False)["input_ids"], 2]
-        for text in base_texts(64 * steps, seed)
-    ]
-
+    texts = list(base_texts(64 * steps, seed))
+    rows = [[1, *ids, 2] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):

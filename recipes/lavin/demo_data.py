@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from recipes.demo_data import COLOURS, PLACES, SHAPES, Picture, pictures
 from recipes.lavin.scienceqa import LETTERS
+from recipes.tokenizers import word_tokenizer
 
 _WORDS = dict(zip((*COLOURS, *SHAPES, *PLACES),
                   ("red", "green", "blue", "yellow", "circle", "square", "triangle", "ring",
@@ -80,12 +81,7 @@ def demo_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     words = {w for text in texts for w, _ in _splitter().pre_tokenize_str(text)}
     specials = ("<pad>", "<s>", "</s>", "<unk>")
     vocabulary = {word: index for index, word in enumerate((*specials, *sorted(words)))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = _splitter()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>",
-    )  # fmt: skip
+    return word_tokenizer(vocabulary, _splitter())
 
 
 def demo_texts(folder: Path) -> Iterator[str]:

@@ -3,7 +3,6 @@ Hub's columns in parquet or JSON (derek-thomas/ScienceQA)."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, Problem, nearest_name
-from recipes.data.schemas import BadRowError, _each, _image, schema
-from recipes.data.tables import Row, Table, read_table
+from recipes.data.schemas import BadRowError, each_row, image_of, schema
+from recipes.data.tables import Row, Table, read_json, read_table
 
 COLUMNS = (
     "image", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic",
@@ -66,14 +65,14 @@ def read_scienceqa(source: str, split: str, field: str = "data.source") -> list[
     else:
         table = read_table(source, _HUB_SPLITS.get(split, split), field)
     schema(table, {"scienceqa": COLUMNS}, "scienceqa", field)
-    questions = _each(table, lambda row: _question(row, table.folder), field)
+    questions = each_row(table, lambda row: _question(row, table.folder), field)
     return [q if q.qid else _numbered(q, index) for index, q in enumerate(questions)]
 
 
 def _original(folder: Path, split: str, field: str) -> Table:
     """problems.json's entries of one split as rows, images as paths."""
-    problems = _json(folder / "problems.json", field)
-    splits = _json(folder / "pid_splits.json", field)
+    problems = _object(folder / "problems.json", field)
+    splits = _object(folder / "pid_splits.json", field)
     if split not in splits:
         raise InputError(Problem(f"{field}.split", "is not in pid_splits.json", split,
                                  ", ".join(splits), nearest_name(split, splits)))  # fmt: skip
@@ -82,7 +81,7 @@ def _original(folder: Path, split: str, field: str) -> Table:
         raise InputError(Problem(f"{field}.pid_splits", f"names {len(missing)} questions that "
                                  "problems.json lacks", missing[0]))  # fmt: skip
     captions = folder / "captions.json"
-    texts = _json(captions, field).get("captions", {}) if captions.is_file() else {}
+    texts = _object(captions, field).get("captions", {}) if captions.is_file() else {}
     rows = [_original_row(qid, problems[qid], split, texts) for qid in splits[split]]
     if not rows:
         raise InputError(Problem(field, "holds no questions of this split", split))
@@ -110,13 +109,8 @@ def _same_columns(rows: list[Row], field: str) -> None:
         )
 
 
-def _json(path: Path, field: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(Problem(field, "no such file", str(path))) from None
-    except ValueError as error:
-        raise InputError(Problem(field, f"is not JSON: {error}", str(path))) from None
+def _object(path: Path, field: str) -> dict[str, Any]:
+    values = read_json(path, field)
     if not isinstance(values, dict):
         raise InputError(Problem(field, "is not a JSON object", str(path)))
     return values
@@ -130,7 +124,7 @@ def _question(row: Row, folder: Path | None) -> ScienceQuestion:
         raise BadRowError(f"answer is not 0 to {len(choices) - 1} (got {answer!r})")
     if row["subject"] not in _SUBJECTS:
         raise BadRowError(f"subject is not one of {', '.join(_SUBJECTS)} (got {row['subject']!r})")
-    image = None if row.get("image") is None else _image(row["image"], folder)
+    image = image_of(row.get("image"), folder)
     texts = {name: _text(row, name) for name in ("hint", "topic", "lecture", "solution")}
     question = _text(row, "question")
     if not question.strip():

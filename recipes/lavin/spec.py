@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from planner.errors import InputError, Problem
-from planner.spec import Count, RunSpec, Section, spec_from_mapping
+from planner.spec import RunSpec, spec_from_mapping
+from planner.spec_plain import Count, Section
 from recipes.lavin.config import LavinConfig, Placement, lavin_config
 
 Where = Literal["attention", "mlp", "both", "none"]

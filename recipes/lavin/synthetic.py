@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from planner.spec import RunSpec
+from recipes.data.batches import Batch
 from recipes.data.encoding import IGNORED
 from recipes.lavin.config import LavinConfig
 from recipes.lavin.model import IMAGE_PLACEHOLDER
-from recipes.lavin.step import Batch
 
 
 def random_batch(spec: RunSpec, config: LavinConfig, seed: int) -> Batch:

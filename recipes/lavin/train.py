@@ -6,17 +6,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from planner.errors import InputError, Problem
 from planner.spec import RunSpec
-from recipes.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from recipes.data.encoding import IGNORED, Encoded
 from recipes.evaluation.questions import stratified
 from recipes.lavin.batches import LavinBatches
@@ -27,9 +24,8 @@ from recipes.lavin.prompts import LavinEncoder, Turn, check_format, turn_of
 from recipes.lavin.scienceqa import ScienceQuestion, read_scienceqa
 from recipes.lavin.spec import LavinSettings
 from recipes.lavin.step import LavinStep
-from recipes.train import TrainingError, _append, _rewrite
-
-Say = Callable[[str], None]
+from recipes.tokenizers import pad_id, read_tokenizer
+from recipes.training_loop import Say, TrainingLoop
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +59,9 @@ class LavinRun:
         self.spec, self.settings, self.output, self.say = spec, settings, output, say
         check_format(settings.prompt_format)
         config = built.config if built else settings.config(spec)
-        self.tokenizer = tokenizer or _tokenizer(spec, settings)
-        pad = self.tokenizer.pad_token_id
-        self.pad_id = int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+        named = (spec.data.tokenizer if spec.data else None) or settings.language
+        self.tokenizer = tokenizer or read_tokenizer(named)
+        self.pad_id = pad_id(self.tokenizer)
         self.encoder = LavinEncoder(self.tokenizer, config.visual_tokens, spec.sequence_length - 1)
         size: Any = config.vision.image_size
         self.batches = LavinBatches(
@@ -87,34 +83,13 @@ class LavinRun:
         by_epochs = math.ceil(spec.schedule.epochs * self.batches.steps_per_epoch)
         self.steps = spec.schedule.max_steps or by_epochs
         self.step = LavinStep(self.built, self.steps)
-        self.losses: list[float] = []
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where this run's checkpoints lie."""
-        return self.output / "checkpoints"
+        identity = spec.model_dump_json() + settings.model_dump_json()
+        self.loop = TrainingLoop(output, self.step, self.batches, self.steps, identity, say)
 
     def train(self, stop_after: int | None = None) -> list[float]:
         """Train to the end (or to step `stop_after`), saving as the spec says; all losses so far.
-        Raises TrainingError and CheckpointError as `recipes.train` does."""
-        self._resume()
-        every = self.spec.schedule.save_every_steps
-        while self.step.step_index < min(self.steps, stop_after or self.steps):
-            self._one_step()
-            done = self.step.step_index
-            if (every and done % every == 0) or done == self.steps:
-                self.save()
-        return self.losses
-
-    def save(self) -> None:
-        """A checkpoint of now: what is trained, and the optimizer's state."""
-        trained = self.built.model.trained_parameters()
-        made = save_checkpoint(
-            self.checkpoints, self.step.step_index,
-            {"trained": {n: p.detach().cpu() for n, p in trained.items()},
-             "step": self.step.state_dict(), "losses": self.losses, "spec": self._identity()},
-        )  # fmt: skip
-        self.say(f"step {made.step}: saved {made.path.name}")
+        Raises what `TrainingLoop.train` raises."""
+        return self.loop.train(stop_after)
 
     def judge(self) -> dict[str, Score]:
         """Accuracy on the questions, by category; {} without any."""
@@ -162,46 +137,13 @@ class LavinRun:
     def _pads(self) -> bool:
         return self.spec.data is not None and self.spec.data.padding == "max_length"
 
-    def _one_step(self) -> None:
-        index = self.step.step_index
-        loss = self.step.step(self.batches.step(index)).item()
-        if not math.isfinite(loss):
-            kept = sorted(self.checkpoints.glob("step-*.json"))
-            rest = f"{kept[-1].stem} is kept" if kept else "there is no checkpoint yet"
-            raise TrainingError(f"the loss is {loss} at step {index + 1}: {rest}")
-        self.losses.append(loss)
-        _append(self.output / "losses.jsonl", {"step": index + 1, "loss": loss})
-
-    def _resume(self) -> None:
-        if self.step.step_index:
-            return
-        found = load_checkpoint(self.checkpoints)
-        if found is None:
-            (self.output / "losses.jsonl").unlink(missing_ok=True)
-            return
-        checkpoint, state = found
-        if state["spec"] != self._identity():
-            raise CheckpointError(f"{checkpoint.path} is of another spec: choose another folder")
-        parameters = self.built.model.trained_parameters()
-        with torch.no_grad():
-            for name, values in state["trained"].items():
-                parameters[name].copy_(values)
-        self.step.load_state_dict(state["step"])
-        self.losses = list(state["losses"])
-        lines = [{"step": i + 1, "loss": loss} for i, loss in enumerate(self.losses)]
-        _rewrite(self.output / "losses.jsonl", lines)
-        self.say(f"going on from step {checkpoint.step}")
-
-    def _identity(self) -> str:
-        return self.spec.model_dump_json() + self.settings.model_dump_json()
-
 
 def run_lavin(run: LavinRun) -> LavinReport:
     """Judge, train to the end, judge again, and write report.json."""
     on_cuda = run.built.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    before = run.judge() if not run.checkpoints.exists() else _judged_before(run.output)
+    before = run.judge() if not run.loop.checkpoints.exists() else _judged_before(run.output)
     (run.output / "before.json").write_text(
         json.dumps({name: asdict(score) for name, score in before.items()}), encoding="utf-8"
     )
@@ -230,12 +172,3 @@ def _judged_before(output: Path) -> dict[str, Score]:
         return {}
     values = json.loads(path.read_text(encoding="utf-8"))
     return {name: Score(**score) for name, score in values.items()}
-
-
-def _tokenizer(spec: RunSpec, settings: LavinSettings) -> Any:
-    name = (spec.data.tokenizer if spec.data else None) or settings.language
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(Problem("data.tokenizer", f"cannot be read: {reason}", name)) from None

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +19,10 @@ from recipes.data.encoding import pixels
 from recipes.demo import demo_spec
 from recipes.demo_data import demo_config, demo_tokenizer, pictures, write_demo_data
 from recipes.demo_model import write_demo_model
+from recipes.killing import kill_once_saved
 from recipes.report import run
-from recipes.train import Run, TrainingError
+from recipes.train import Run
+from recipes.training_loop import TrainingError
 
 STEPS = 6
 
@@ -73,13 +71,7 @@ def test_a_killed_run_goes_on_bit_for_bit(made, tmp_path) -> None:
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "planner.cli", "train", str(spec), "--output", str(output),
                "--device", "cpu", "--weights", str(made[2])]  # fmt: skip
-    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + 90
-    while not list(output.glob("checkpoints/step-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    assert kill_once_saved(command, output / "checkpoints", OMP_NUM_THREADS="1")
     assert checkpoints(output / "checkpoints")
     assert _run(made, output).train() == whole
 

@@ -12,9 +12,11 @@ import torch
 from planner.cli import main
 from planner.errors import InputError
 from recipes.checkpoints import CheckpointError
+from recipes.lavin.cli import CONFIGS
 from recipes.lavin.demo import as_json, demo
 from recipes.lavin.spec import lavin_spec
 from recipes.lavin.train import LavinRun, run_lavin
+from recipes.spec_file import read_spec
 from tests.recipes.lavin.tiny import tiny_spec
 
 
@@ -79,9 +81,7 @@ def test_all_that_is_wrong_in_a_spec_is_told_at_once(values) -> None:
 
 
 def test_the_shipped_configuration_is_valid() -> None:
-    from recipes.lavin.cli import _mapping
-
-    spec, settings = lavin_spec(_mapping("lavin-7b-scienceqa"))
+    spec, settings = lavin_spec(read_spec("lavin-7b-scienceqa", CONFIGS))
     assert settings.config(spec).visual_tokens == 6
 
 
@@ -93,7 +93,7 @@ def test_the_verb_names_what_it_knows(capsys) -> None:
 @pytest.mark.slow
 def test_the_demo_learns_both_modalities_and_survives_a_kill(tmp_path) -> None:
     began = time.perf_counter()
-    killed_at, report = demo(tmp_path, lambda text: None, steps=160)
+    killed_at, report = demo(tmp_path, lambda text: None, 160, training=2400, questions=600)
     result = as_json(report, killed_at, time.perf_counter() - began)
     assert result["learned"], result["p_above_chance"]
     assert result["after"]["TXT"] > result["before"]["TXT"]
