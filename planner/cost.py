@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from planner.estimate import Estimate
+from planner.answer import Estimate
 from planner.spec import RunSpec
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from planner.answer import Estimate
 from planner.errors import VramwiseError
-from planner.estimate import Estimate, check, device_of, fit_on, host_of, requirement
+from planner.estimate import check, device_of, fit_on, host_of, requirement
 from planner.memory.program import Program, run
 from planner.memory.workspace import HANDLES_TRAINING, cublas_workspace_bytes
 from planner.models.registry import load_model
