@@ -22,9 +22,9 @@ from planner.memory.program import (
     make_batch,
     may_stretch,
     paused_collector,
-    state_bytes,
 )
 from planner.memory.sizes import MixedSizesError
+from planner.memory.states import state_bytes
 from planner.memory.step import StepWork, run_step
 from planner.memory.storage import Recorder
 from planner.memory.work import Work

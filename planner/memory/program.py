@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 from planner.dtypes import DType
 from planner.errors import InputError, Problem, UnsupportedError
 from planner.memory.loaded import Loaded
-from planner.memory.loading import Loading, rounded
+from planner.memory.loading import Loading
 from planner.memory.ops import Engine
-from planner.memory.optimizer import Optimizer, State, find_optimizer
+from planner.memory.optimizer import Optimizer, find_optimizer
+from planner.memory.states import StateBytes, state_bytes
 from planner.memory.step import (
     Batch,
     Forward,
@@ -37,16 +39,6 @@ from planner.spec import RunSpec
 
 _DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
 _TOWERS = ("model.vision_tower.", "model.visual.", "vision.")  # their layers are all run
-
-
-class StateBytes(NamedTuple):
-    """Optimizer states: on the device through the allocator, paged (managed memory), and in host
-    memory."""
-
-    device_bytes: int
-    paged_bytes: int
-    tensors: tuple[int, ...]
-    host_bytes: int = 0
 
 
 class Program(NamedTuple):
@@ -276,7 +268,7 @@ def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: Ste
     if not graded:
         raise InputError(Problem("lora.target_modules", "no trainable parameter gets a gradient"))
     states = state_bytes(loaded, optimizer, graded)
-    count = sum(_elements(leaf.shape) for leaf in graded.values())
+    count = sum(prod(leaf.shape) for leaf in graded.values())
     for leaf in graded.values():
         leaf.grad = None
     return Program(loaded, Loading(loaded), states, recorder, work, count)
@@ -329,22 +321,6 @@ def make_batch(recorder: Recorder, spec: RunSpec, model: Model) -> Batch:
     return Batch(batch.ids, batch.labels, batch.mask, pixels)
 
 
-def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: dict[str, Tensor]) -> StateBytes:
-    """Optimizer states of the parameters that get a gradient, by name, in the order they are made:
-    Trainer's two groups (norms and biases last, without decay), each in the model's order."""
-    device, paged, host = _state_sizes(optimizer.base_states(loaded))
-    sizes: dict[int, tuple[list[int], int, int]] = {}  # of a tensor that layers share
-    for name, is_embedding in _in_groups(loaded.tree, tuple(leaves)):
-        leaf = leaves[name]
-        known = sizes.get(id(leaf))
-        if known is None:
-            known = sizes[id(leaf)] = _state_sizes(optimizer.states(leaf, is_embedding))
-        device += known[0]
-        paged += known[1]
-        host += known[2]
-    return StateBytes(sum(device), paged, tuple(device), host)
-
-
 def check_accumulation(spec: RunSpec, optimizer: Optimizer) -> None:
     """Trainer refuses to accumulate where a gradient is used at once (trainer_optimizer.py)."""
     if spec.optimizer.endswith("_layerwise") and spec.gradient_accumulation_steps > 1:
@@ -352,40 +328,3 @@ def check_accumulation(spec: RunSpec, optimizer: Optimizer) -> None:
         raise InputError(
             Problem("gradient_accumulation_steps", message, spec.gradient_accumulation_steps, "1")
         )
-
-
-@lru_cache(maxsize=16)
-def _in_groups(tree: ModelTree, names: tuple[str, ...]) -> list[tuple[str, bool]]:
-    """Parameters in Trainer's order, and whether each is an embedding's table."""
-    positions = {module.path: index for index, module in enumerate(tree.modules)}
-    keys = []
-    for name in names:
-        path, _, adapter = name.partition(".lora_")
-        if not adapter:
-            path = name.rpartition(".")[0]
-        kind = tree.by_path[path].kind
-        plain = name.endswith("bias") or kind == "norm"
-        keys.append((plain, positions[path], name, kind == "embedding" and not adapter))
-    return [(name, is_embedding) for _, _, name, is_embedding in sorted(keys)]
-
-
-def _state_sizes(states: list[State]) -> tuple[list[int], int, int]:
-    """Bytes of each state on the device, and of the paged and the host's in all."""
-    paged = host = 0
-    device = []
-    for state in states:
-        nbytes = rounded(max(_elements(state.shape), 1) * state.dtype.itemsize)
-        if state.paged:
-            paged += nbytes
-        elif state.host:
-            host += nbytes
-        else:
-            device.append(nbytes)
-    return device, paged, host
-
-
-def _elements(shape: tuple[Any, ...]) -> int:
-    size = 1
-    for dimension in shape:
-        size *= dimension
-    return size
