@@ -1,6 +1,7 @@
 """Optimizer states: their bytes, in the order in which they are made."""
 
 # Annotations stay objects here: named tuples would compile each string at import.
+from collections import Counter
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -26,20 +27,22 @@ def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: dict[str, Tensor])
     """Optimizer states of the parameters that get a gradient, by name, in the order they are made:
     Trainer's two groups (norms and biases last, without decay), each in the model's order."""
     device, paged, host = _state_sizes(optimizer.base_states(loaded))
-    sizes: dict[int, tuple[list[int], int, int]] = {}  # of a tensor that layers share
-    for name, is_embedding in _in_groups(loaded.tree, tuple(leaves)):
-        leaf = leaves[name]
-        known = sizes.get(id(leaf))
-        if known is None:
-            known = sizes[id(leaf)] = _state_sizes(optimizer.states(leaf, is_embedding))
-        device += known[0]
-        paged += known[1]
-        host += known[2]
+    names, are_embeddings = _in_groups(loaded.tree, tuple(leaves))
+    ordered = [leaves[name] for name in names]
+    known = {  # layers share leaves
+        leaf: _state_sizes(optimizer.states(leaf, is_embedding))
+        for leaf, is_embedding in dict(zip(ordered, are_embeddings, strict=True)).items()
+    }
+    for on_device, _, _ in map(known.__getitem__, ordered):
+        device += on_device
+    for leaf, times in Counter(ordered).items():
+        paged += times * known[leaf][1]
+        host += times * known[leaf][2]
     return StateBytes(sum(device), paged, tuple(device), host)
 
 
 @lru_cache(maxsize=16)
-def _in_groups(tree: ModelTree, names: tuple[str, ...]) -> list[tuple[str, bool]]:
+def _in_groups(tree: ModelTree, names: tuple[str, ...]) -> tuple[list[str], list[bool]]:
     """Parameters in Trainer's order, and whether each is an embedding's table."""
     positions = {module.path: index for index, module in enumerate(tree.modules)}
     keys = []
@@ -50,7 +53,8 @@ def _in_groups(tree: ModelTree, names: tuple[str, ...]) -> list[tuple[str, bool]
         kind = tree.by_path[path].kind
         plain = name.endswith("bias") or kind == "norm"
         keys.append((plain, positions[path], name, kind == "embedding" and not adapter))
-    return [(name, is_embedding) for _, _, name, is_embedding in sorted(keys)]
+    keys.sort()
+    return [key[2] for key in keys], [key[3] for key in keys]
 
 
 def _state_sizes(states: list[State]) -> tuple[list[int], int, int]:
