@@ -3,7 +3,7 @@
  * replay(parts, cap) -> (ok, allocated, peak_allocated, reserved, peak_reserved, small, small_peak)
  * settle(load, steps, again, small_buffer, step, resolution) ->
  *     (allocated and its peak after load, peak_allocated, peak_reserved, small_peak, cap)
- * shifted(events, starts, shifts) -> events
+ * shifted(events, starts, shifts, steps, times) -> events
  *
  * parts: a sequence of (events, sizes, base, flags). events: int64, i to allocate sizes[i], ~i to
  * release it; sizes: int64 bytes; base: added to i, so that parts may share or keep apart their
@@ -635,26 +635,30 @@ static PyObject *settle(PyObject *self, PyObject *args) {
     return result;
 }
 
-/* Events with every index i moved by the shift of its stretch: shifts[r] where
- * starts[r] <= i < starts[r + 1]. All three are int64; starts ascend. */
+/* Events `times` over, with every index i moved by the shift of its stretch: shifts[r] where
+ * starts[r] <= i < starts[r + 1], and steps[r] more each time. All are int64; starts ascend. */
 static PyObject *shifted(PyObject *self, PyObject *args) {
-    Py_buffer events, starts, shifts;
-    if (!PyArg_ParseTuple(args, "y*y*y*", &events, &starts, &shifts)) return NULL;
-    const int64_t *from = events.buf, *start = starts.buf, *shift = shifts.buf;
-    Py_ssize_t stretches = starts.len / 8, place = 0;
+    Py_buffer events, starts, shifts, steps;
+    Py_ssize_t times;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*n", &events, &starts, &shifts, &steps, &times))
+        return NULL;
+    const int64_t *from = events.buf, *start = starts.buf, *shift = shifts.buf, *step = steps.buf;
+    Py_ssize_t stretches = starts.len / 8, count = events.len / 8, place = 0;
     PyObject *result = NULL;
-    if (!stretches || shifts.len != starts.len) {
+    if (!stretches || shifts.len != starts.len || steps.len != starts.len || times < 0) {
         failed(-2);
-    } else if ((result = PyBytes_FromStringAndSize(NULL, events.len))) {
+    } else if ((result = PyBytes_FromStringAndSize(NULL, events.len * times))) {
         int64_t *to = (int64_t *)PyBytes_AS_STRING(result);
-        for (Py_ssize_t i = 0; i < events.len / 8; i++) {
+        for (Py_ssize_t i = 0; i < count; i++) {
             int64_t index = from[i] >= 0 ? from[i] : ~from[i];
             while (place + 1 < stretches && index >= start[place + 1]) place++;
             while (place > 0 && index < start[place]) place--;
             index += shift[place];
-            to[i] = from[i] >= 0 ? index : ~index;
+            for (Py_ssize_t k = 0; k < times; k++, index += step[place])
+                to[k * count + i] = from[i] >= 0 ? index : ~index;
         }
     }
+    PyBuffer_Release(&steps);
     PyBuffer_Release(&events);
     PyBuffer_Release(&starts);
     PyBuffer_Release(&shifts);
@@ -668,4 +672,8 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_replay", NULL, -1, methods};
-PyMODINIT_FUNC PyInit__replay(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__replay(void) {
+    PyObject *made = PyModule_Create(&module);
+    if (made && PyModule_AddIntConstant(made, "VERSION", 2) < 0) Py_CLEAR(made); /* pools.py */
+    return made;
+}

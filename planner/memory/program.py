@@ -3,6 +3,7 @@
 # Annotations stay objects here: named tuples would compile each string at import.
 import gc
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -156,10 +157,7 @@ def _run_few(spec: RunSpec, model: Model, optimizer: Optimizer) -> Program:
     _gradients[key] = known  # the latest last
     loaded = load(spec, model)
     loaded.leaves = all_layers(known.leaves, known.dtypes, model.text.num_hidden_layers)
-    recorder = Recorder()
-    recorder.blocks, recorder.sizes = known.recorder.blocks[:], known.recorder.sizes[:]
-    recorder.events = known.recorder.events[:]
-    recorder.resume(known.instants, known.recorder.live_bytes)
+    recorder = known.recorder.copy()
     last = run_optimizer(Engine(recorder), loaded, optimizer)
     recorder.events += known.tail
     work = Work()
@@ -170,15 +168,14 @@ def _run_few(spec: RunSpec, model: Model, optimizer: Optimizer) -> Program:
 class _Gradients(NamedTuple):
     """Forward and backward of a step, before clipping: the same whatever the optimizer.
 
-    dtypes: of the gradients, by leaf; recorder: of all layers; instants: up to the last, which is
-    open; tail: what is released at the end of the step; work: of a micro batch.
+    dtypes: of the gradients, by leaf; recorder: of all layers; tail: what is released at the end of
+    the step; work: of a micro batch.
     """
 
     model: Model
     leaves: dict[str, Tensor]
     dtypes: dict[str, DType]
     recorder: Recorder
-    instants: list[Instant]
     tail: Any
     work: tuple[Any, ...]
 
@@ -222,28 +219,31 @@ def _run_gradients(spec: RunSpec, model: Model, optimizer: Optimizer) -> _Gradie
         leaf.grad = None
     del batch
     work.add(few.layer_work(), layers - RUN_LAYERS)
-    recorder, instants, tail = stretch(few, layers)
-    return _Gradients(model, loaded.leaves, dtypes, recorder, instants, tail, work.counters())
+    recorder, tail = stretch(few, layers)
+    return _Gradients(model, loaded.leaves, dtypes, recorder, tail, work.counters())
 
 
 def all_layers(
     leaves: dict[str, Tensor], graded: dict[str, DType], layers: int
 ) -> dict[str, Tensor]:
-    """The leaves of every decoder layer by name, from those of RUN_LAYERS, in the order they are
-    met; those that layer 2 stands for share its tensor. A gradient is a dtype here: its bytes are
-    in the recorder."""
+    """The leaves with a gradient of every decoder layer by name, from those of RUN_LAYERS, in the
+    order they are met; those that layer 2 stands for share its tensor. A gradient is a dtype here:
+    its bytes are in the recorder."""
     copies: dict[str, Tensor] = {}
-    for name, leaf in leaves.items():
-        copy = Tensor(None, leaf.shape, leaf.dtype, leaf.requires_grad, name=name)
-        if name in graded:
-            copy.grad = Tensor(None, leaf.shape, graded[name])
-        copies[name] = copy
-    return {name: copies[twin] for name, twin in _all_names(tuple(leaves), layers)}
+    for name, dtype in graded.items():
+        leaf = leaves[name]
+        copies[name] = copy = Tensor(None, leaf.shape, leaf.dtype, True, name=name)
+        copy.grad = Tensor(None, leaf.shape, dtype)
+    names, twins = _all_names(tuple(leaves), tuple(graded), layers)
+    return dict(zip(names, map(copies.__getitem__, twins), strict=True))
 
 
 @lru_cache(maxsize=16)
-def _all_names(names: tuple[str, ...], layers: int) -> list[tuple[str, str]]:
-    """Every parameter's name, and that of the one among `names` that stands for it."""
+def _all_names(
+    names: tuple[str, ...], graded: tuple[str, ...], layers: int
+) -> tuple[list[str], list[str]]:
+    """The name of every parameter with a gradient, and of the one of `graded` that stands for it.
+    names: of all leaves met."""
     found: list[tuple[str, str]] = []
     groups: dict[int, list[tuple[str, str, str]]] = {}
     for name in names:
@@ -260,7 +260,9 @@ def _all_names(names: tuple[str, ...], layers: int) -> list[tuple[str, str]]:
         if index != 2:
             whole = index if index < 2 else layers - 1
             found.append((f"{before}{whole}{after}", name))
-    return found
+    wanted = frozenset(graded)
+    kept = [(name, twin) for name, twin in found if twin in wanted]
+    return [name for name, _ in kept], [twin for _, twin in kept]
 
 
 def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: StepWork) -> Program:
@@ -268,8 +270,9 @@ def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: Ste
     if not graded:
         raise InputError(Problem("lora.target_modules", "no trainable parameter gets a gradient"))
     states = state_bytes(loaded, optimizer, graded)
-    count = sum(prod(leaf.shape) for leaf in graded.values())
-    for leaf in graded.values():
+    alike = Counter(graded.values())  # layers share leaves
+    count = sum(times * prod(leaf.shape) for leaf, times in alike.items())
+    for leaf in alike:
         leaf.grad = None
     return Program(loaded, Loading(loaded), states, recorder, work, count)
 
