@@ -1,20 +1,17 @@
 """What a whole run takes: optimizer steps, hours, money, checkpoints on disk."""
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass
+# Annotations stay objects here: named tuples would compile each string at import.
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.estimate import Estimate
+from planner.answer import Estimate
 from planner.spec import RunSpec
 
 if TYPE_CHECKING:
     from planner.memory.step import StepWork
 
 
-@dataclass(frozen=True, slots=True)
-class RunCost:
+class RunCost(NamedTuple):
     """Of one run. evaluation_seconds is part of total_seconds; cost is in the currency of the
     price, None without one. checkpoint_bytes is one checkpoint's: weights trained and optimizer
     states; checkpoints_bytes all of the run's, none deleted."""
@@ -44,9 +41,10 @@ def run_cost(answer: Estimate, price_per_hour: float | None = None) -> dict[str,
     hours = seconds / 3600
     tokens = spec.micro_batch_size * spec.gradient_accumulation_steps * spec.sequence_length
     cost = None if price_per_hour is None else hours * price_per_hour
-    return asdict(
-        RunCost(steps, seconds, evaluation, hours, cost, steps * tokens, size, count, count * size)
+    found = RunCost(
+        steps, seconds, evaluation, hours, cost, steps * tokens, size, count, count * size
     )
+    return found._asdict()
 
 
 def optimizer_steps(spec: RunSpec) -> int | None:
@@ -86,7 +84,7 @@ def _evaluation_seconds(spec: RunSpec, steps: int) -> float:
     return forwards * seconds
 
 
-def _forward_work(spec: RunSpec) -> StepWork:
+def _forward_work(spec: RunSpec) -> "StepWork":
     from planner.memory.ops import Engine
     from planner.memory.program import forward_of, load, make_batch
     from planner.memory.step import StepWork, stock_loss

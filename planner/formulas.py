@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from planner.answer import Estimate
 from planner.calibration import calibration_of
 from planner.devices import Device
-from planner.estimate import Estimate
 from planner.memory.terms import Term
 from planner.non_torch import non_torch
 from planner.units import GIB

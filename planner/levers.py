@@ -3,14 +3,13 @@
 Every lever is answered by the same engine as the spec itself; nothing is estimated from a rule.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from planner.answer import Estimate
 from planner.errors import VramwiseError
-from planner.estimate import Estimate, check, device_of, fit_on, host_of, requirement
+from planner.estimate import check, device_of, fit_on, host_of, requirement
 from planner.memory.program import Program, run
 from planner.memory.workspace import HANDLES_TRAINING, cublas_workspace_bytes
 from planner.models.registry import load_model
@@ -26,8 +25,7 @@ _RANK = {"fits": 0, "tight": 1, "does_not_fit": 2}
 _SPARE = 2  # weighed beyond those shown: the allocator may turn an order
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """A change of fields by dotted name, and what it does to the training ("" for nothing)."""
 
     fields: Mapping[str, Any]
@@ -42,8 +40,7 @@ class Change:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Lever:
+class Lever(NamedTuple):
     """A change and its answer. saved_bytes: of device_required_bytes (negative: it takes more);
     slower: relative change of the seconds a sample (0.3: 30 % slower)."""
 
@@ -101,8 +98,7 @@ def cheapest(answer: Estimate, most: int = 6) -> list[Lever]:
     return best
 
 
-@dataclass(frozen=True, slots=True)
-class _Outline:
+class _Outline(NamedTuple):
     """A change whose step was run: its live bytes and time, and the best verdict it can have."""
 
     change: Change

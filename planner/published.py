@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from planner.answer import Estimate
 from planner.errors import InputError, Problem
-from planner.estimate import Estimate, estimate
+from planner.estimate import estimate
 from planner.spec import RunSpec, spec_from_mapping
 from planner.units import GIB
 

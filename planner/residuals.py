@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from planner.answer import Estimate
 from planner.errors import InputError, Problem, VramwiseError
-from planner.estimate import Estimate, estimate
+from planner.estimate import estimate
 from planner.spec import RunSpec, spec_from_mapping
 
 

@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from planner.estimate import Estimate, estimate
+from planner.answer import Estimate
+from planner.estimate import estimate
 from planner.measured_ladder import RESULTS, find_measured, ladder_rows
 from planner.residuals import Measured, read_measured
 from planner.seed_ladder import climb_seed

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from planner.answer import Estimate
 from planner.errors import InputError, Problem, nearest_name
-from planner.estimate import Estimate, device_of, estimate
+from planner.estimate import device_of, estimate
 from planner.levers import apply
 from planner.memory.program import run
 from planner.memory.workspace import HANDLES_TRAINING, cublas_workspace_bytes

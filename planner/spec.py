@@ -4,8 +4,7 @@ The same object feeds the planner, the probes and the recipes, so what is planne
 measured and what is trained. Read from TOML, JSON or flags; every problem is told at once.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: pydantic would compile each string at import.
 import json
 import sys
 from collections.abc import Mapping

@@ -11,9 +11,9 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
+from planner.answer import Estimate, Parameters
 from planner.devices import Device
 from planner.dtypes import DType
-from planner.estimate import Estimate, Parameters
 from planner.host import HostNeeds, host_memory
 from planner.interval import Interval
 from planner.memory.step import StepWork

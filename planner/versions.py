@@ -7,6 +7,7 @@ also those of the records; torch from 2.11 on, whose later releases the tests tr
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from planner.spec import RunSpec, Versions
 
@@ -42,7 +43,12 @@ KEPT_4BIT_INPUTS_UNTIL = (0, 43, 2)  # bitsandbytes pull request 1270, 16 July 2
 
 def keeps_4bit_inputs(spec: RunSpec) -> bool:
     """Whether the run's bitsandbytes keeps the input of every 4-bit linear for backward."""
-    parts = [int(part) for part in re.findall(r"\d+", spec.versions.bitsandbytes)[:3]]
+    return _kept_4bit_inputs(spec.versions.bitsandbytes)
+
+
+@lru_cache(maxsize=4)
+def _kept_4bit_inputs(bitsandbytes: str) -> bool:
+    parts = [int(part) for part in re.findall(r"\d+", bitsandbytes)[:3]]
     return (*parts, 0)[:3] < KEPT_4BIT_INPUTS_UNTIL
 
 

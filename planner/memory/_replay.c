@@ -3,7 +3,7 @@
  * replay(parts, cap) -> (ok, allocated, peak_allocated, reserved, peak_reserved, small, small_peak)
  * settle(load, steps, again, small_buffer, step, resolution) ->
  *     (allocated and its peak after load, peak_allocated, peak_reserved, small_peak, cap)
- * shifted(events, starts, shifts) -> events
+ * shifted(events, starts, shifts, steps, times) -> events
  *
  * parts: a sequence of (events, sizes, base, flags). events: int64, i to allocate sizes[i], ~i to
  * release it; sizes: int64 bytes; base: added to i, so that parts may share or keep apart their
@@ -35,10 +35,12 @@ typedef struct { Stretches gaps, left, ranges; int64_t depth; } Space; /* depth:
 typedef struct {
     Block *blocks; int32_t count, room;
     Bin *bins; int32_t bin_count, bin_room; /* by ascending size */
+    int32_t hints[256]; /* by a hash of the size, where its bin was last */
     int32_t *held; int64_t held_room;
     Space space;
     int64_t allocated, peak_allocated, reserved, peak_reserved, small, small_peak;
     int64_t refused; /* the least of the reserves that a cap has refused */
+    int64_t changes, changes_before; /* of the segments: now, and when the last part started */
 } Pool;
 
 typedef struct { Py_buffer events, sizes; int64_t base; int flags; } Part;
@@ -141,19 +143,22 @@ static int space_give(Space *s, int64_t address, int64_t size) {
     return stretch_join(&s->gaps, range.address, range.size, 0, TOP, &joined);
 }
 
-static int32_t bin_place(const Pool *p, int64_t size) {
+static int32_t bin_place(Pool *p, int64_t size) {
+    int32_t *hint = &p->hints[(uint64_t)size * 0x9E3779B97F4A7C15u >> 56];
+    if (*hint < p->bin_count && p->bins[*hint].size == size) return *hint;
     int32_t low = 0, high = p->bin_count;
     while (low < high) {
         int32_t middle = (low + high) / 2;
         if (p->bins[middle].size < size) low = middle + 1;
         else high = middle;
     }
-    return low;
+    return *hint = low;
 }
 
 /* Where a block of this address is in its bin, or would be. */
 static int32_t place_in(const Pool *p, const Bin *bin, int64_t address) {
     int32_t low = 0, high = bin->count;
+    if (!high || p->blocks[bin->blocks[high - 1]].address > address) return high;
     while (low < high) {
         int32_t middle = (low + high) / 2;
         if (p->blocks[bin->blocks[middle]].address > address) low = middle + 1;
@@ -166,9 +171,8 @@ static void drop(Pool *p, int32_t block) {
     const Block *b = &p->blocks[block];
     Bin *bin = &p->bins[bin_place(p, b->size)];
     int32_t place = place_in(p, bin, b->address);
-    memmove(bin->blocks + place, bin->blocks + place + 1,
-            (bin->count - place - 1) * sizeof(int32_t));
     bin->count--;
+    for (; place < bin->count; place++) bin->blocks[place] = bin->blocks[place + 1];
 }
 
 static Bin *new_bin(Pool *p, int32_t place, int64_t size) {
@@ -197,9 +201,8 @@ static int keep(Pool *p, int32_t block) {
         bin->blocks = grown; bin->room = room;
     }
     int32_t place = place_in(p, bin, b->address);
-    memmove(bin->blocks + place + 1, bin->blocks + place, (bin->count - place) * sizeof(int32_t));
+    for (int32_t k = bin->count++; k > place; k--) bin->blocks[k] = bin->blocks[k - 1];
     bin->blocks[place] = block;
-    bin->count++;
     b->free = 1;
     return 1;
 }
@@ -228,6 +231,7 @@ static int32_t fresh(Pool *p, int64_t size, int64_t address, int32_t prev, int32
 }
 
 static int release_cached(Pool *p) {
+    p->changes++;
     for (int32_t i = 0; i < p->bin_count; i++) {
         Bin *bin = &p->bins[i];
         int32_t kept = bin->count, count = bin->count;
@@ -291,6 +295,7 @@ static int take(Pool *p, int64_t key, int64_t size, int64_t cap, int64_t stop) {
                 return 0;
             }
         }
+        p->changes++;
         p->reserved += segment;
         if (p->reserved > p->peak_reserved) p->peak_reserved = p->reserved;
         int64_t address = space_take(&p->space, segment);
@@ -356,6 +361,7 @@ static int run_all(Pool *p, const Part *parts, Py_ssize_t count, Place *at, int6
     for (; at->part < count; at->part++, at->event = 0) {
         const Part *part = &parts[at->part];
         int capped = part->flags & CAPPED;
+        if (at->event == 0) p->changes_before = p->changes;
         if (part->flags & RESET && at->event == 0) {
             p->peak_allocated = p->allocated + p->small;
             p->peak_reserved = p->reserved;
@@ -492,6 +498,21 @@ static int completes(Search *s, int64_t cap) {
     return state;
 }
 
+/* 1 if `again`, like the last part, which it repeats, only releases what it allocates. Where the
+ * last part took and gave back no segment, it left the pool as it found it: free blocks join, so
+ * segments and held blocks tell all. Then `again` meets what the last part met. */
+static int repeats(const Pool *p, const Part *last, const Part *again) {
+    if (p->changes != p->changes_before || last->base != again->base
+        || last->events.buf != again->events.buf || last->sizes.buf != again->sizes.buf) return 0;
+    const int64_t *events = again->events.buf, *sizes = again->sizes.buf;
+    int64_t net = 0;
+    for (Py_ssize_t i = 0; i < again->events.len / 8; i++)
+        if (sizes[events[i] >= 0 ? events[i] : ~events[i]] > SMALL) net += events[i] >= 0 ? 1 : -1;
+    for (Py_ssize_t i = 0; i < again->sizes.len / 8 && !net; i++)
+        net = p->held[again->base + i] >= 0;
+    return !net;
+}
+
 /* 1 or 0: `again` completes after the parts, or not. */
 static int settles(Search *s, const Part *again, int64_t cap) {
     if (cap < s->passed_from || cap >= s->passed_below) {
@@ -500,6 +521,7 @@ static int settles(Search *s, const Part *again, int64_t cap) {
         int state = completes(s, cap);
         if (state != 1) return state;
     }
+    if (s->count && repeats(&s->passed, &s->parts[s->count - 1], again)) return 1;
     if (copy_pool(&s->pool, &s->passed) < 0) return -1;
     Py_ssize_t event = 0;
     return run(&s->pool, again, &event, cap, -1);
@@ -613,26 +635,30 @@ static PyObject *settle(PyObject *self, PyObject *args) {
     return result;
 }
 
-/* Events with every index i moved by the shift of its stretch: shifts[r] where
- * starts[r] <= i < starts[r + 1]. All three are int64; starts ascend. */
+/* Events `times` over, with every index i moved by the shift of its stretch: shifts[r] where
+ * starts[r] <= i < starts[r + 1], and steps[r] more each time. All are int64; starts ascend. */
 static PyObject *shifted(PyObject *self, PyObject *args) {
-    Py_buffer events, starts, shifts;
-    if (!PyArg_ParseTuple(args, "y*y*y*", &events, &starts, &shifts)) return NULL;
-    const int64_t *from = events.buf, *start = starts.buf, *shift = shifts.buf;
-    Py_ssize_t stretches = starts.len / 8, place = 0;
+    Py_buffer events, starts, shifts, steps;
+    Py_ssize_t times;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*n", &events, &starts, &shifts, &steps, &times))
+        return NULL;
+    const int64_t *from = events.buf, *start = starts.buf, *shift = shifts.buf, *step = steps.buf;
+    Py_ssize_t stretches = starts.len / 8, count = events.len / 8, place = 0;
     PyObject *result = NULL;
-    if (!stretches || shifts.len != starts.len) {
+    if (!stretches || shifts.len != starts.len || steps.len != starts.len || times < 0) {
         failed(-2);
-    } else if ((result = PyBytes_FromStringAndSize(NULL, events.len))) {
+    } else if ((result = PyBytes_FromStringAndSize(NULL, events.len * times))) {
         int64_t *to = (int64_t *)PyBytes_AS_STRING(result);
-        for (Py_ssize_t i = 0; i < events.len / 8; i++) {
+        for (Py_ssize_t i = 0; i < count; i++) {
             int64_t index = from[i] >= 0 ? from[i] : ~from[i];
             while (place + 1 < stretches && index >= start[place + 1]) place++;
             while (place > 0 && index < start[place]) place--;
             index += shift[place];
-            to[i] = from[i] >= 0 ? index : ~index;
+            for (Py_ssize_t k = 0; k < times; k++, index += step[place])
+                to[k * count + i] = from[i] >= 0 ? index : ~index;
         }
     }
+    PyBuffer_Release(&steps);
     PyBuffer_Release(&events);
     PyBuffer_Release(&starts);
     PyBuffer_Release(&shifts);
@@ -646,4 +672,8 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_replay", NULL, -1, methods};
-PyMODINIT_FUNC PyInit__replay(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__replay(void) {
+    PyObject *made = PyModule_Create(&module);
+    if (made && PyModule_AddIntConstant(made, "VERSION", 2) < 0) Py_CLEAR(made); /* pools.py */
+    return made;
+}

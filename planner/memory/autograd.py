@@ -23,11 +23,13 @@ from planner.memory.tensor import (
     StopRecomputation,
     Tensor,
     finish_leaves,
+    make_node,
     run_backward,
 )
 from planner.memory.work import Kernels, grad_bytes
 
-_RECOMPUTED = Node(0, "", (), (), lambda g: ())  # tells results of a recomputation from leaves
+# Tells the results of a recomputation from leaves.
+_RECOMPUTED = make_node(0, "", (), lambda g: (), None)
 
 
 class Autograd(Kernels):
@@ -61,33 +63,46 @@ class Autograd(Kernels):
     ) -> Tensor:  # fmt: skip
         """Make `output` the result of a node on `inputs`.
 
-        `backward(grad)` returns one gradient per input; it reads `saved` through the node, see
-        `saved_tensors`. Does nothing where no input wants a gradient.
+        `backward(grad)` returns one gradient per input. Does nothing where no input wants one.
         """
-        if not self.wants_grad(*inputs):
-            return output
-        output.requires_grad = True
-        slots = []
-        for tensor in saved:
-            if tensor is not None:
-                slots.append(self._save(tensor))
-        if self._refill is not None:  # the graph of a recomputation is held, but never run
-            if kept is not None:
-                self._refill_kept.append(kept)
-            output.node = _RECOMPUTED
+        if self._refill is not None:
+            return self._record_again(output, inputs, saved, kept)
+        if not self.grad_enabled:
             return output
         edges: list[Edge] = []
+        wanted = False
         for tensor in inputs:
             if tensor is None or not tensor.requires_grad:
                 edges.append(None)
                 continue
-            if tensor.node is None:
+            wanted, target = True, tensor.node
+            if target is None:
                 tensor.pending += 1
-            edges.append((tensor.node or tensor, tensor.shape, tensor.dtype))
+                edges.append((tensor, tensor.shape, tensor.dtype))
+            else:
+                edges.append((target, tensor.shape, tensor.dtype))
+        if not wanted:
+            return output
+        output.requires_grad = True
         self._seq += 1
-        node = Node(self._seq, self.recorder.module, edges, slots, backward)
-        node.kept = kept
-        output.node = node
+        output.node = node = make_node(self._seq, self.recorder.module, edges, backward, kept)
+        if saved:
+            self._save(node, saved)
+        return output
+
+    def _record_again(
+        self, output: Tensor, inputs: Sequence[Tensor | None], saved: Sequence[Tensor | None],
+        kept: Any,
+    ) -> Tensor:  # fmt: skip
+        """`record` in a recomputation: its graph is held, but never run."""
+        if self.wants_grad(*inputs):
+            output.requires_grad = True
+            for tensor in saved:
+                if tensor is not None:
+                    self._refill_slot(tensor)
+            if kept is not None:
+                self._refill_kept.append(kept)
+            output.node = _RECOMPUTED
         return output
 
     def about_to_save(self, inputs: Sequence[Tensor | None]) -> None:
@@ -98,7 +113,7 @@ class Autograd(Kernels):
         wanted = [tensor for tensor in inputs if tensor is not None]
         if wanted and len(frame.slots) - position[0] == len(wanted):
             for tensor in wanted:
-                self._save(tensor)
+                self._refill_slot(tensor)
 
     def count_pieces(self, pieces: Any, launches: Any, saved: int) -> None:
         """One operation stands for `pieces` of them, with so many kernels and saved tensors each:
@@ -107,25 +122,32 @@ class Autograd(Kernels):
         if self._refill is not None:
             self.work.hooks += (pieces - 1) * saved
 
-    def _save(self, tensor: Tensor) -> Saved:
-        held = tensor.detach()
-        if self._refill is not None:
-            frame, position = self._refill
-            slot = frame.slots[position[0]]()
-            if slot is not None:
-                slot.tensor = held
-            position[0] += 1
-            self.work.hooks += 1
-            if position[0] == len(frame.slots):
-                raise StopRecomputation
-            return Saved(held, None)
-        if tensor.storage is not None and tensor.storage.block.category == "temporaries":
-            tensor.storage.block.category = "saved_activations"
+    def _refill_slot(self, tensor: Tensor) -> None:
+        """The next of the region's slots has its tensor again; with the last the region ends."""
+        assert self._refill is not None
+        frame, position = self._refill
+        slot = frame.slots[position[0]]()
+        if slot is not None:
+            slot.fill(tensor.storage)
+        position[0] += 1
+        self.work.hooks += 1
+        if position[0] == len(frame.slots):
+            raise StopRecomputation
+
+    def _save(self, node: Node, saved: Sequence[Tensor | None]) -> None:
+        held = []
+        for tensor in saved:
+            if tensor is None:
+                continue
+            storage = tensor.storage
+            if storage is not None and storage.block.category == "temporaries":
+                storage.block.category = "saved_activations"
+            held.append(storage)
         if self._frame is None:
-            return Saved(held, None)
-        slot = Saved(None, self._frame)
-        self._frame.slots.append(ref(slot))
-        return slot
+            node.held = held
+            return
+        node.slots = [Saved(self._frame) for _ in held]
+        self._frame.slots += map(ref, node.slots)
 
     def checkpoint(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """torch.utils.checkpoint, non-reentrant: save the input, recompute in backward."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from planner.dtypes import F32, DType
 from planner.memory.layers import Adapter, Linear
+from planner.memory.tensor import Tensor
 from planner.models.tree import ModelTree, Module
 from planner.spec import RunSpec
 from planner.versions import keeps_4bit_inputs
@@ -87,8 +88,6 @@ class Loaded:
         self, path: str, name: str, shape: tuple[Any, ...], dtype: DType, trainable: bool
     ) -> Any:
         """The parameter `path.name`, made once."""
-        from planner.memory.tensor import Tensor
-
         key = f"{path}.{name}"
         tensor = self.leaves.get(key)
         if tensor is None:

@@ -71,26 +71,28 @@ class Loading:
         loaded, last = self.loaded, self.parts[-1]
         itemsize, rank = DType(loaded.spec.weights_dtype).itemsize, loaded.spec.lora.rank
         sizes, casts = self.sizes, loaded.casts_to_fp32
-        sixteen = []
         for _, shape in _parameters(loaded.tree, loaded.trained):
             self._adapters.append(len(sizes))
             last.append(len(sizes))
             sizes.append(rounded(prod(shape) * loaded.trained_dtype.itemsize))
-        for module, outs, ins in _adapted_modules(loaded.tree, loaded.adapted):
-            fp32 = casts or loaded.is_quantized(module)
-            for size in (rank * ins, rank * outs):
-                key = len(sizes)
-                last.append(key)
-                sizes.append((size * (4 if fp32 else itemsize) + 511) & -512)
-                if fp32:
-                    self._adapters.append(key)
-                else:
-                    sixteen.append((key, size))
-        for key, size in sixteen:
-            cast = len(sizes)
-            sizes.append(rounded(size * 4))
-            last.extend((cast, ~key))
-            self._adapters.append(cast)
+        modules, elements = _adapted_modules(loaded.tree, loaded.adapted)
+        single = {count: rounded(rank * count * 4) for count in set(elements)}
+        wide = [casts or loaded.is_quantized(module) for module in modules for _ in "AB"]
+        first = len(sizes)
+        last.extend(range(first, first + len(elements)))
+        if all(wide):
+            sizes.extend(map(single.__getitem__, elements))
+            self._adapters += range(first, len(sizes))
+            return
+        half = {count: rounded(rank * count * itemsize) for count in single}
+        sizes.extend([(single if fp32 else half)[count]
+                      for count, fp32 in zip(elements, wide, strict=True)])  # fmt: skip
+        self._adapters += [first + place for place, fp32 in enumerate(wide) if fp32]
+        for place, fp32 in enumerate(wide):
+            if not fp32:
+                last.extend((len(sizes), ~(first + place)))
+                self._adapters.append(len(sizes))
+                sizes.append(single[elements[place]])
 
 
 def _base(loaded: Loaded) -> _Base:
@@ -232,17 +234,10 @@ class _Base:
             del self.stays[key]
 
 
-def adapter_sizes(loaded: Loaded, module: Module) -> tuple[int, int]:
-    """Elements of A and B."""
-    rank, (out_features, *rest) = loaded.spec.lora.rank, module.weight_shape
-    return rank * prod(rest), out_features * rank
-
-
 def adapter_parameters(loaded: Loaded) -> int:
     """Elements of all adapters."""
-    by_path = loaded.tree.by_path
-    own = sum(by_path[path].parameters for path in loaded.trained)
-    return own + sum(sum(adapter_sizes(loaded, by_path[path])) for path in loaded.adapted)
+    own = sum(loaded.tree.by_path[path].parameters for path in loaded.trained)
+    return own + loaded.spec.lora.rank * sum(_adapted_modules(loaded.tree, loaded.adapted)[1])
 
 
 @lru_cache(maxsize=8)
@@ -255,12 +250,11 @@ def _parameters(
 
 
 @lru_cache(maxsize=8)
-def _adapted_modules(
-    tree: ModelTree, adapted: frozenset[str]
-) -> tuple[tuple[Module, int, int], ...]:
-    """The adapted modules in the model's order, with the elements of B and A at rank 1."""
-    found = (module for module in tree.modules if module.path in adapted)
-    return tuple((m, m.weight_shape[0], prod(m.weight_shape[1:])) for m in found)
+def _adapted_modules(tree: ModelTree, adapted: frozenset[str]) -> tuple[list[Module], list[int]]:
+    """The adapted modules in the model's order; at rank 1, the elements of each one's A and B."""
+    modules = [module for module in tree.modules if module.path in adapted]
+    shapes = [module.weight_shape for module in modules]
+    return modules, [count for outs, *ins in shapes for count in (prod(ins), outs)]
 
 
 @lru_cache(maxsize=4)

@@ -22,9 +22,9 @@ from planner.memory.program import (
     make_batch,
     may_stretch,
     paused_collector,
-    state_bytes,
 )
 from planner.memory.sizes import MixedSizesError
+from planner.memory.states import state_bytes
 from planner.memory.step import StepWork, run_step
 from planner.memory.storage import Recorder
 from planner.memory.work import Work
@@ -56,8 +56,15 @@ class _Segments(Recorder):
         super().__init__()
         self.segments: list[tuple[tuple[str, int], list[Any]]] = [(("start", 0), [])]
 
-    def note_peak(self) -> None:
-        self.segments[-1][1].append(self.live_bytes)
+    def sum_up(self) -> None:
+        live, sizes, lives = self._live, self.sizes, self.segments[-1][1]
+        for index in self.events[self._summed :]:
+            if index < 0:
+                live = live - sizes[~index]
+            else:
+                live = live + sizes[index]
+                lives.append(live)
+        self._live, self._summed = live, len(self.events)
 
     def mark(self, label: tuple[str, int]) -> None:
         self.segments.append((label, [self.live_bytes]))

@@ -173,7 +173,13 @@ def promote(a: DType, b: DType) -> DType:
 
 def wider(a: Shape, b: Shape) -> Shape:
     """The broadcast shape of two shapes; dimensions are equal or 1."""
+    if a is b:
+        return a
     if len(a) < len(b):
         a, b = b, a
     offset = len(a) - len(b)
-    return a[:offset] + tuple(y if is_one(x) else x for x, y in zip(a[offset:], b, strict=True))
+    own = a[offset:]
+    for x, y in zip(own, b, strict=True):
+        if x is not y and is_one(x):
+            return a[:offset] + tuple([y if is_one(x) else x for x, y in zip(own, b, strict=True)])
+    return a

@@ -9,6 +9,7 @@ packages are in planner.memory.packaged and low_rank.
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,7 +82,8 @@ class Optimizer:
 
     def step(self, t: Engine, leaves: list[Tensor]) -> None:
         """optimizer.step(): temporaries and work."""
-        sizes: Any = sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        sizes: Any = sum(times * prod(leaf.shape) * leaf.dtype.itemsize
+                         for leaf, times in Counter(leaves).items())  # fmt: skip
         with t.recorder.scope("optimizer"):
             if self.name in ("adamw_torch", "rmsprop"):
                 held = [t.new(leaf.shape, leaf.dtype, "sqrt (foreach)") for leaf in leaves]

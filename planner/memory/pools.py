@@ -29,7 +29,7 @@ from planner.memory.allocator import (
 try:
     from planner.memory import _replay  # type: ignore[attr-defined]
 
-    if not hasattr(_replay, "settle"):  # built from an older source
+    if getattr(_replay, "VERSION", 0) != 2:  # built from another source
         _replay = None
 except ImportError:  # no compiler at installation
     _replay = None
@@ -130,15 +130,20 @@ def settle_in_python(
     )  # fmt: skip
 
 
-def shifted(events: array[int], starts: array[int], shifts: array[int]) -> array[int]:
-    """Events with each index i moved by shifts[r], where starts[r] <= i < starts[r + 1]."""
+def shifted(
+    events: array[int], starts: array[int], shifts: array[int], steps: array[int], times: int = 1
+) -> array[int]:
+    """Events `times` over, each index i moved by shifts[r], where starts[r] <= i < starts[r + 1],
+    and by steps[r] more each time."""
     if _replay is not None:
-        return array("q", _replay.shifted(events, starts, shifts))
+        return array("q", _replay.shifted(events, starts, shifts, steps, times))
     moved = array("q")
-    for event in events:
-        index = event if event >= 0 else ~event
-        index += shifts[bisect_right(starts, index) - 1]
-        moved.append(index if event >= 0 else ~index)
+    for turn in range(times):
+        for event in events:
+            index = event if event >= 0 else ~event
+            place = bisect_right(starts, index) - 1
+            index += shifts[place] + turn * steps[place]
+            moved.append(index if event >= 0 else ~index)
     return moved
 
 

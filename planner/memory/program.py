@@ -3,17 +3,20 @@
 # Annotations stay objects here: named tuples would compile each string at import.
 import gc
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 from planner.dtypes import DType
 from planner.errors import InputError, Problem, UnsupportedError
 from planner.memory.loaded import Loaded
-from planner.memory.loading import Loading, rounded
+from planner.memory.loading import Loading
 from planner.memory.ops import Engine
-from planner.memory.optimizer import Optimizer, State, find_optimizer
+from planner.memory.optimizer import Optimizer, find_optimizer
+from planner.memory.states import StateBytes, state_bytes
 from planner.memory.step import (
     Batch,
     Forward,
@@ -37,16 +40,6 @@ from planner.spec import RunSpec
 
 _DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
 _TOWERS = ("model.vision_tower.", "model.visual.", "vision.")  # their layers are all run
-
-
-class StateBytes(NamedTuple):
-    """Optimizer states: on the device through the allocator, paged (managed memory), and in host
-    memory."""
-
-    device_bytes: int
-    paged_bytes: int
-    tensors: tuple[int, ...]
-    host_bytes: int = 0
 
 
 class Program(NamedTuple):
@@ -164,10 +157,7 @@ def _run_few(spec: RunSpec, model: Model, optimizer: Optimizer) -> Program:
     _gradients[key] = known  # the latest last
     loaded = load(spec, model)
     loaded.leaves = all_layers(known.leaves, known.dtypes, model.text.num_hidden_layers)
-    recorder = Recorder()
-    recorder.blocks, recorder.sizes = known.recorder.blocks[:], known.recorder.sizes[:]
-    recorder.events = known.recorder.events[:]
-    recorder.resume(known.instants, known.recorder.live_bytes)
+    recorder = known.recorder.copy()
     last = run_optimizer(Engine(recorder), loaded, optimizer)
     recorder.events += known.tail
     work = Work()
@@ -178,15 +168,14 @@ def _run_few(spec: RunSpec, model: Model, optimizer: Optimizer) -> Program:
 class _Gradients(NamedTuple):
     """Forward and backward of a step, before clipping: the same whatever the optimizer.
 
-    dtypes: of the gradients, by leaf; recorder: of all layers; instants: up to the last, which is
-    open; tail: what is released at the end of the step; work: of a micro batch.
+    dtypes: of the gradients, by leaf; recorder: of all layers; tail: what is released at the end of
+    the step; work: of a micro batch.
     """
 
     model: Model
     leaves: dict[str, Tensor]
     dtypes: dict[str, DType]
     recorder: Recorder
-    instants: list[Instant]
     tail: Any
     work: tuple[Any, ...]
 
@@ -230,28 +219,31 @@ def _run_gradients(spec: RunSpec, model: Model, optimizer: Optimizer) -> _Gradie
         leaf.grad = None
     del batch
     work.add(few.layer_work(), layers - RUN_LAYERS)
-    recorder, instants, tail = stretch(few, layers)
-    return _Gradients(model, loaded.leaves, dtypes, recorder, instants, tail, work.counters())
+    recorder, tail = stretch(few, layers)
+    return _Gradients(model, loaded.leaves, dtypes, recorder, tail, work.counters())
 
 
 def all_layers(
     leaves: dict[str, Tensor], graded: dict[str, DType], layers: int
 ) -> dict[str, Tensor]:
-    """The leaves of every decoder layer by name, from those of RUN_LAYERS, in the order they are
-    met; those that layer 2 stands for share its tensor. A gradient is a dtype here: its bytes are
-    in the recorder."""
+    """The leaves with a gradient of every decoder layer by name, from those of RUN_LAYERS, in the
+    order they are met; those that layer 2 stands for share its tensor. A gradient is a dtype here:
+    its bytes are in the recorder."""
     copies: dict[str, Tensor] = {}
-    for name, leaf in leaves.items():
-        copy = Tensor(None, leaf.shape, leaf.dtype, leaf.requires_grad, name=name)
-        if name in graded:
-            copy.grad = Tensor(None, leaf.shape, graded[name])
-        copies[name] = copy
-    return {name: copies[twin] for name, twin in _all_names(tuple(leaves), layers)}
+    for name, dtype in graded.items():
+        leaf = leaves[name]
+        copies[name] = copy = Tensor(None, leaf.shape, leaf.dtype, True, name=name)
+        copy.grad = Tensor(None, leaf.shape, dtype)
+    names, twins = _all_names(tuple(leaves), tuple(graded), layers)
+    return dict(zip(names, map(copies.__getitem__, twins), strict=True))
 
 
 @lru_cache(maxsize=16)
-def _all_names(names: tuple[str, ...], layers: int) -> list[tuple[str, str]]:
-    """Every parameter's name, and that of the one among `names` that stands for it."""
+def _all_names(
+    names: tuple[str, ...], graded: tuple[str, ...], layers: int
+) -> tuple[list[str], list[str]]:
+    """The name of every parameter with a gradient, and of the one of `graded` that stands for it.
+    names: of all leaves met."""
     found: list[tuple[str, str]] = []
     groups: dict[int, list[tuple[str, str, str]]] = {}
     for name in names:
@@ -268,7 +260,9 @@ def _all_names(names: tuple[str, ...], layers: int) -> list[tuple[str, str]]:
         if index != 2:
             whole = index if index < 2 else layers - 1
             found.append((f"{before}{whole}{after}", name))
-    return found
+    wanted = frozenset(graded)
+    kept = [(name, twin) for name, twin in found if twin in wanted]
+    return [name for name, _ in kept], [twin for _, twin in kept]
 
 
 def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: StepWork) -> Program:
@@ -276,8 +270,9 @@ def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: Ste
     if not graded:
         raise InputError(Problem("lora.target_modules", "no trainable parameter gets a gradient"))
     states = state_bytes(loaded, optimizer, graded)
-    count = sum(_elements(leaf.shape) for leaf in graded.values())
-    for leaf in graded.values():
+    alike = Counter(graded.values())  # layers share leaves
+    count = sum(times * prod(leaf.shape) for leaf, times in alike.items())
+    for leaf in alike:
         leaf.grad = None
     return Program(loaded, Loading(loaded), states, recorder, work, count)
 
@@ -329,22 +324,6 @@ def make_batch(recorder: Recorder, spec: RunSpec, model: Model) -> Batch:
     return Batch(batch.ids, batch.labels, batch.mask, pixels)
 
 
-def state_bytes(loaded: Loaded, optimizer: Optimizer, leaves: dict[str, Tensor]) -> StateBytes:
-    """Optimizer states of the parameters that get a gradient, by name, in the order they are made:
-    Trainer's two groups (norms and biases last, without decay), each in the model's order."""
-    device, paged, host = _state_sizes(optimizer.base_states(loaded))
-    sizes: dict[int, tuple[list[int], int, int]] = {}  # of a tensor that layers share
-    for name, is_embedding in _in_groups(loaded.tree, tuple(leaves)):
-        leaf = leaves[name]
-        known = sizes.get(id(leaf))
-        if known is None:
-            known = sizes[id(leaf)] = _state_sizes(optimizer.states(leaf, is_embedding))
-        device += known[0]
-        paged += known[1]
-        host += known[2]
-    return StateBytes(sum(device), paged, tuple(device), host)
-
-
 def check_accumulation(spec: RunSpec, optimizer: Optimizer) -> None:
     """Trainer refuses to accumulate where a gradient is used at once (trainer_optimizer.py)."""
     if spec.optimizer.endswith("_layerwise") and spec.gradient_accumulation_steps > 1:
@@ -352,40 +331,3 @@ def check_accumulation(spec: RunSpec, optimizer: Optimizer) -> None:
         raise InputError(
             Problem("gradient_accumulation_steps", message, spec.gradient_accumulation_steps, "1")
         )
-
-
-@lru_cache(maxsize=16)
-def _in_groups(tree: ModelTree, names: tuple[str, ...]) -> list[tuple[str, bool]]:
-    """Parameters in Trainer's order, and whether each is an embedding's table."""
-    positions = {module.path: index for index, module in enumerate(tree.modules)}
-    keys = []
-    for name in names:
-        path, _, adapter = name.partition(".lora_")
-        if not adapter:
-            path = name.rpartition(".")[0]
-        kind = tree.by_path[path].kind
-        plain = name.endswith("bias") or kind == "norm"
-        keys.append((plain, positions[path], name, kind == "embedding" and not adapter))
-    return [(name, is_embedding) for _, _, name, is_embedding in sorted(keys)]
-
-
-def _state_sizes(states: list[State]) -> tuple[list[int], int, int]:
-    """Bytes of each state on the device, and of the paged and the host's in all."""
-    paged = host = 0
-    device = []
-    for state in states:
-        nbytes = rounded(max(_elements(state.shape), 1) * state.dtype.itemsize)
-        if state.paged:
-            paged += nbytes
-        elif state.host:
-            host += nbytes
-        else:
-            device.append(nbytes)
-    return device, paged, host
-
-
-def _elements(shape: tuple[Any, ...]) -> int:
-    size = 1
-    for dimension in shape:
-        size *= dimension
-    return size

@@ -6,6 +6,7 @@ second one: optimizer states exist, gradients are None at its start.
 """
 
 # Annotations stay objects here: named tuples would compile each string at import.
+from collections import Counter
 from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, NamedTuple
@@ -154,7 +155,8 @@ def clip(engine: Engine, loaded: Loaded) -> None:
         norms = engine.new((len(grads), BLOCK_BYTES // 4), F32, "norm")  # a block each
         stacked = engine.new((len(grads),), F32, "stack")
         total = engine.new((), F32, "norm")
-    size: Any = sum(prod(leaf.shape) * leaf.grad.dtype.itemsize for leaf in grads)
+    size: Any = sum(times * prod(leaf.shape) * leaf.grad.dtype.itemsize
+                    for leaf, times in Counter(grads).items())  # fmt: skip
     engine.count(3 * size, 4)
     del norms, stacked, total
 

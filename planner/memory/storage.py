@@ -18,44 +18,35 @@ from typing import Any, NamedTuple
 from planner.dtypes import DType
 
 BLOCK_BYTES = 512  # kMinBlockSize
+bare = object.__new__  # of what is made thousands of times: to fill, for less than __init__ takes
 
 
 class Block:
-    """What an allocation was: kept after the storage is gone, so that the peak can be explained."""
+    """What an allocation was: kept after the storage is gone, so that the peak can be explained.
+    Made by `Recorder.allocate`."""
 
     __slots__ = ("category", "dtype", "module", "nbytes", "op", "shape")
 
-    def __init__(
-        self,
-        nbytes: Any,
-        shape: tuple[Any, ...],
-        dtype: DType,
-        module: str,
-        op: str,
-        category: str,
-    ) -> None:
-        self.nbytes = nbytes
-        self.shape = shape
-        self.dtype = dtype
-        self.module = module
-        self.op = op
-        self.category = category
+    nbytes: Any
+    shape: tuple[Any, ...]
+    dtype: DType
+    module: str
+    op: str
+    category: str
 
 
 class Storage:
-    """A live block; releasing the last reference to it frees the bytes."""
+    """A live block; releasing the last reference to it frees the bytes. Made by
+    `Recorder.allocate`."""
 
-    __slots__ = ("block", "index", "recorder")
+    __slots__ = ("block", "events", "index")
 
-    def __init__(self, recorder: Recorder, index: int, block: Block) -> None:
-        self.recorder = recorder
-        self.index = index
-        self.block = block
+    block: Block
+    events: MutableSequence[int]
+    index: int
 
     def __del__(self) -> None:
-        recorder = self.recorder
-        recorder.live_bytes = recorder.live_bytes - self.block.nbytes
-        recorder.events.append(~self.index)
+        self.events.append(~self.index)
 
 
 class _Scope:
@@ -88,11 +79,11 @@ class Instant(NamedTuple):
 class Recorder:
     """Live bytes over a step: events in order, and the peak of each named instant.
 
-    `events` holds i for the allocation of `blocks[i]` and ~i for its release.
+    `events` holds i for the allocation of `blocks[i]` and ~i for its release. They are summed when
+    an instant ends, not one by one.
     """
 
     def __init__(self) -> None:
-        self.live_bytes: Any = 0
         self.blocks: list[Block] = []
         self.sizes: MutableSequence[Any] = []  # of the blocks, for the allocator
         self.events: MutableSequence[int] = []
@@ -102,42 +93,72 @@ class Recorder:
         self._peak: Any = 0
         self._peak_event = 0
         self._start = 0
+        self._live: Any = 0  # after the first so many events
+        self._summed = 0
 
     def allocate(
         self, shape: tuple[Any, ...], dtype: DType, op: str, category: str = "temporaries"
     ) -> Storage:
         """A new block of prod(shape) elements of `dtype`."""
-        nbytes = (prod(shape) * dtype.itemsize + 511) // 512 * 512
-        block = Block(nbytes, shape, dtype, self.module, op, category)
-        blocks = self.blocks
-        index = len(blocks)
+        block = bare(Block)
+        block.nbytes = nbytes = (prod(shape) * dtype.itemsize + 511) // 512 * 512
+        block.shape = shape
+        block.dtype = dtype
+        block.module = self.module
+        block.op = op
+        block.category = category
+        blocks, events = self.blocks, self.events
+        storage = bare(Storage)
+        storage.block = block
+        storage.events = events
+        storage.index = index = len(blocks)
         blocks.append(block)
         self.sizes.append(nbytes)
-        self.events.append(index)
-        self.live_bytes = self.live_bytes + nbytes
-        self.note_peak()
-        return Storage(self, index, block)
+        events.append(index)
+        return storage
 
-    def note_peak(self) -> None:
-        """Raise the current instant's peak to the live bytes."""
-        if self.live_bytes > self._peak:
-            self._peak = self.live_bytes
-            self._peak_event = len(self.events)
+    @property
+    def live_bytes(self) -> Any:
+        """Bytes live now."""
+        self.sum_up()
+        return self._live
+
+    def sum_up(self) -> None:
+        """Follow the live bytes over the events since the last time."""
+        live, sizes = self._live, self.sizes
+        for position in range(self._summed, len(self.events)):
+            index = self.events[position]
+            if index < 0:
+                live = live - sizes[~index]
+                continue
+            live = live + sizes[index]
+            if live > self._peak:
+                self._peak, self._peak_event = live, position + 1
+        self._live, self._summed = live, len(self.events)
 
     def enter(self, instant: str) -> None:
         """Close the current instant and open another."""
+        self.sum_up()
         self.instants.append(Instant(self._instant, self._peak, self._peak_event, self._start))
         self._instant = instant
-        self._start = len(self.events)
-        self._peak = self.live_bytes
-        self._peak_event = len(self.events)
+        self._start = self._peak_event = len(self.events)
+        self._peak = self._live
+
+    def copy(self) -> Recorder:
+        """One to go on with from here, while this one stays as it is."""
+        self.sum_up()
+        twin = Recorder()
+        twin.blocks, twin.sizes, twin.events = self.blocks[:], self.sizes[:], self.events[:]
+        last = Instant(self._instant, self._peak, self._peak_event, self._start)
+        twin.resume([*self.instants, last], self._live)
+        return twin
 
     def resume(self, instants: list[Instant], live_bytes: int) -> None:
         """Go on from a recorded stream (blocks, sizes and events set); the last instant is open."""
         *self.instants, last = instants
         self._instant, self._peak = last.name, last.peak_bytes
         self._peak_event, self._start = last.event, last.start
-        self.live_bytes = live_bytes
+        self._live, self._summed = live_bytes, len(self.events)
 
     def mark(self, label: tuple[str, int]) -> None:
         """Called where a decoder layer's forward or backward starts; some recorders keep it."""

@@ -10,7 +10,7 @@ the layers gives (tests/planner/memory/test_stretch.py).
 # Annotations stay objects here: named tuples would compile each string at import.
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from planner.memory.pools import shifted
@@ -47,8 +47,7 @@ class MarkedRecorder(Recorder):
         self._cut(*label, "")
 
     def enter(self, instant: str) -> None:
-        super().enter(instant)
-        self._cut(instant, -1, instant)
+        self._cut(instant, -1, instant)  # `stretch` finds the peaks
 
     def _cut(self, label: str, layer: int, instant: str) -> None:
         work = self.work()
@@ -92,14 +91,15 @@ class _Segment:
         self.foreign: list[int] = []
         self.touches: dict[int, int] = {}
         live = top = top_event = 0
+        sizes, last, first = run.sizes, ~cut.block, ~block_end
         for position, index in enumerate(self.events):
             if index >= 0:
-                live += run.sizes[index]
+                live += sizes[index]
                 if live > top:
                     top, top_event = live, position + 1
             else:
-                live -= run.sizes[~index]
-                if not cut.block <= ~index < block_end:
+                live -= sizes[~index]
+                if not first < index <= last:
                     self.foreign.append(position)
         self.net, self.top, self.top_event = live, top, top_event
 
@@ -108,9 +108,9 @@ class NotAlikeError(Exception):
     """The layers' events differ: run them all."""
 
 
-def stretch(run: MarkedRecorder, layers: int) -> "tuple[Recorder, list[Instant], array[int]]":
-    """The recorder of `layers` decoder layers up to the instant "end", the instants (for
-    `Recorder.resume`), and the events after it. Raises NotAlikeError."""
+def stretch(run: MarkedRecorder, layers: int) -> "tuple[Recorder, array[int]]":
+    """The recorder of `layers` decoder layers up to the instant "end", and the events after it.
+    Raises NotAlikeError."""
     segments = _segments(run)
     _check(segments)
     return _Stretch(segments, layers).result()
@@ -171,68 +171,89 @@ class _Stretch:
             seen[place] = turns[-1] + 1
         return turns
 
-    def result(self) -> "tuple[Recorder, list[Instant], array[int]]":
+    def result(self) -> "tuple[Recorder, array[int]]":
         recorder = self.recorder
         instants: list[Instant] = []
         current, top, top_event, start = "loaded", 0, 0, 0
-        for index, segment, whole in self._plan():
+        for index, segment, layers in self._plan():
             if segment.instant:
                 instants.append(Instant(current, top, top_event, start))
                 if segment.instant == "end":
                     break
                 current, top, top_event = segment.instant, self.live, len(recorder.events)
                 start = top_event
-            if self.live + segment.top > top:
-                top, top_event = self.live + segment.top, len(recorder.events) + segment.top_event
-            self._emit(index, segment, whole)
+            for turn in range(len(layers) or 1):
+                if self.live + turn * segment.net + segment.top > top:
+                    top = self.live + turn * segment.net + segment.top
+                    before = len(recorder.events) + turn * len(segment.events)
+                    top_event = before + segment.top_event
+            if layers:
+                self._emit_layers(index, segment, layers)
+            else:
+                self._emit(index, segment)
         before = len(recorder.events)
         live = self.live
-        self._emit(index, segment, -1)
+        self._emit(index, segment)
         tail = array("q", recorder.events[before:])
         del recorder.events[before:]
-        recorder.live_bytes = live
-        return recorder, instants, tail
+        recorder.resume(instants, live)
+        return recorder, tail
 
-    def _plan(self) -> Iterator[tuple[int, _Segment, int]]:
-        """(template's index, template, layer of the whole or -1) in the order of the step."""
+    def _plan(self) -> Iterator[tuple[int, _Segment, Sequence[int]]]:
+        """(template's index, template, layers of the whole or none) in the order of the step."""
         for index, segment in enumerate(self.segments):
             if segment.kind == "forward" and segment.layer == 2:
-                for layer in range(2, self.layers - 1):
-                    yield index, segment, layer
+                yield index, segment, range(2, self.layers - 1)
             elif segment.kind == "backward" and segment.layer == 2:
-                yield index, segment, self.layers - 2
-                for layer in range(self.layers - 3, 1, -1):
-                    yield index + 1, self.segments[index + 1], layer
+                yield index, segment, (self.layers - 2,)
+                yield index + 1, self.segments[index + 1], range(self.layers - 3, 1, -1)
             elif segment.kind:
-                whole = segment.layer if segment.layer < 2 else self.layers - 1
-                yield index, segment, whole
+                yield index, segment, (_outer(segment.layer, self.layers),)
             else:
-                yield index, segment, -1
+                yield index, segment, ()
 
-    def _emit(self, index: int, segment: _Segment, whole: int) -> None:
+    def _emit(self, index: int, segment: _Segment) -> None:
         recorder = self.recorder
-        base = len(recorder.blocks)
-        shift = base - segment.first_block
-        shifts = array("q", [shift]) * len(self.starts)
-        if whole < 0:
-            self.segment_base[index] = base
-            events = self._with_repeats(segment, shifted(segment.events, self.starts, shifts))
-            recorder.blocks += segment.blocks
-            recorder.sizes.extend(segment.sizes)
-            sizes = recorder.sizes
-            self.live += sum([sizes[e] if e >= 0 else -sizes[~e] for e in events])
-        else:
-            self.layer_base[segment.kind, whole, self.turns[index]] = base
-            for owner, source in segment.touches.items():
-                found = self._elsewhere(source, whole - segment.layer, segment.layer)
-                shifts[owner] = found - source
-            events = shifted(segment.events, self.starts, shifts)
-            for position, kind, turn, offset in self.lower.get(index, ()) if whole > 1 else ():
-                events[position] = ~(self.layer_base[kind, whole - 1, turn] + offset)
-            recorder.blocks += segment.blocks
-            recorder.sizes.extend(segment.sizes)
-            self.live += segment.net
+        base = self.segment_base[index] = len(recorder.blocks)
+        shifts = array("q", [base - segment.first_block]) * len(self.starts)
+        events = shifted(segment.events, self.starts, shifts, shifts)
+        events = self._with_repeats(segment, events)
+        recorder.blocks += segment.blocks
+        recorder.sizes.extend(segment.sizes)
+        sizes = recorder.sizes
+        self.live += sum([sizes[e] if e >= 0 else -sizes[~e] for e in events])
         recorder.events.extend(events)
+
+    def _emit_layers(self, index: int, segment: _Segment, layers: Sequence[int]) -> None:
+        """Layers in a row from one template: from each to the next all blocks move alike."""
+        recorder, times = self.recorder, len(layers)
+        for turn, whole in enumerate(layers):
+            base = len(recorder.blocks) + turn * len(segment.blocks)
+            self.layer_base[segment.kind, whole, self.turns[index]] = base
+        shown = (layers[0], layers[times > 1], layers[-1])
+        first, second, last = (self._shifts(index, segment, whole) for whole in shown)
+        steps = array("q", [b - a for a, b in zip(first, second, strict=True)])
+        if any(a + (times - 1) * step != c for a, step, c in zip(first, steps, last, strict=True)):
+            raise NotAlikeError
+        events = shifted(segment.events, self.starts, first, steps, times)
+        for position, kind, turn, offset in self.lower.get(index, ()):
+            for place, whole in enumerate(layers):
+                if whole > 1:
+                    at = place * len(segment.events) + position
+                    events[at] = ~(self.layer_base[kind, whole - 1, turn] + offset)
+        recorder.blocks += segment.blocks * times
+        recorder.sizes.extend(segment.sizes * times)
+        recorder.events.extend(events)
+        self.live += segment.net * times
+
+    def _shifts(self, index: int, segment: _Segment, whole: int) -> "array[int]":
+        """How far the blocks of each segment are moved in layer `whole`."""
+        base = self.layer_base[segment.kind, whole, self.turns[index]]
+        shifts = array("q", [base - segment.first_block]) * len(self.starts)
+        for owner, source in segment.touches.items():
+            found = self._elsewhere(source, whole - segment.layer, segment.layer)
+            shifts[owner] = found - source
+        return shifts
 
     def _lower(self, segment: _Segment, above: _Segment) -> list[tuple[int, str, int, int]]:
         """(position, kind, turn, offset): where layer 1 releases a block of layer 0, which has

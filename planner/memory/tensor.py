@@ -9,14 +9,14 @@ attributes of a Python `ctx` only when the graph does.
 
 from __future__ import annotations
 
-import heapq
-import sys
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from sys import getrefcount
 from typing import Any
 from weakref import ref
 
 from planner.dtypes import DType
-from planner.memory.storage import Storage
+from planner.memory.storage import Storage, bare
 
 Shape = tuple[Any, ...]
 Backward = Callable[["Tensor"], Sequence["Tensor | None"]]
@@ -56,31 +56,48 @@ class Tensor:
     def view(self, shape: Shape, contiguous: bool | None = None) -> Tensor:
         """The same storage in another shape, outside autograd."""
         layout = self.contiguous if contiguous is None else contiguous
-        seen = Tensor(self.storage, shape, self.dtype, contiguous=layout)
+        seen = plain(self.storage, shape, self.dtype, layout)
         seen.based = True
         return seen
 
     def detach(self) -> Tensor:
         """The same storage without history."""
-        return Tensor(self.storage, self.shape, self.dtype, contiguous=self.contiguous)
+        return plain(self.storage, self.shape, self.dtype, self.contiguous)
+
+
+def plain(storage: Storage | None, shape: Shape, dtype: DType, contiguous: bool = True) -> Tensor:
+    """A tensor outside autograd."""
+    tensor = bare(Tensor)
+    tensor.storage = storage
+    tensor.shape = shape
+    tensor.dtype = dtype
+    tensor.contiguous = contiguous
+    tensor.requires_grad = tensor.based = False
+    tensor.node = tensor.grad = tensor.waiting = None
+    tensor.name = ""
+    tensor.pending = 0
+    return tensor
 
 
 class Saved:
-    """A saved tensor: held, or (in a checkpointed region) to be recomputed from its frame."""
+    """A tensor saved in a checkpointed region: recomputed from its frame, then held."""
 
-    __slots__ = ("__weakref__", "frame", "tensor")
+    __slots__ = ("__weakref__", "filled", "frame", "storage")
 
-    def __init__(self, tensor: Tensor | None, frame: Frame | None) -> None:
-        self.tensor = tensor
+    def __init__(self, frame: Frame) -> None:
         self.frame = frame
+        self.filled = False
+        self.storage: Storage | None = None
 
-    def get(self) -> Tensor:
-        """The tensor; recomputes its checkpointed region on first use."""
-        if self.tensor is None:
-            assert self.frame is not None
+    def fill(self, storage: Storage | None) -> None:
+        """Hold what was recomputed."""
+        self.storage = storage
+        self.filled = True
+
+    def unpack(self) -> None:
+        """Recompute the checkpointed region on first use."""
+        if not self.filled:
             self.frame.recompute()
-        assert self.tensor is not None
-        return self.tensor
 
 
 class Frame:
@@ -109,29 +126,39 @@ class Node:
     """A step of the backward pass.
 
     edges: per input, (node or leaf, shape, dtype), or None where no gradient is wanted;
-    saved: released after the node ran; kept: a custom function's ctx attributes, released with the
-    graph.
+    held, slots: what is saved, in a checkpointed region its slots; released after the node ran;
+    kept: a custom function's ctx attributes, released with the graph; mark: of the first node of a
+    layer's backward.
     """
 
-    __slots__ = ("apply", "buffer", "edges", "kept", "mark", "module", "queued", "saved", "seq")
+    __slots__ = (
+        "apply", "buffer", "edges", "held", "kept", "mark", "module", "queued", "seq", "slots",
+    )  # fmt: skip
 
-    def __init__(
-        self,
-        seq: int,
-        module: str,
-        edges: Sequence[Edge],
-        saved: Sequence[Saved],
-        apply: Backward,
-    ) -> None:
-        self.seq = seq
-        self.module = module
-        self.edges = edges
-        self.saved = saved
-        self.apply = apply
-        self.kept: Any = None
-        self.buffer: Tensor | None = None
-        self.queued = False
-        self.mark: tuple[str, int] | None = None  # the first node of a layer's backward
+    seq: int
+    module: str
+    edges: Sequence[Edge]
+    held: Sequence[Storage | None]
+    slots: Sequence[Saved]
+    apply: Backward
+    kept: Any
+    buffer: Tensor | None
+    queued: bool
+    mark: tuple[str, int] | None
+
+
+def make_node(seq: int, module: str, edges: Sequence[Edge], apply: Backward, kept: Any) -> Node:
+    """A node that saves nothing yet."""
+    node = bare(Node)
+    node.seq = seq
+    node.module = module
+    node.edges = edges
+    node.apply = apply
+    node.kept = kept
+    node.held = node.slots = ()
+    node.buffer = node.mark = None
+    node.queued = False
+    return node
 
 
 class StopRecomputation(Exception):  # noqa: N818 - the name torch gives it
@@ -144,7 +171,7 @@ def run_backward(engine: Any, root: Node, grad: Tensor) -> None:
     del grad
     queue: list[tuple[int, Node]] = [(-root.seq, root)]
     while queue:
-        node = heapq.heappop(queue)[1]
+        node = heappop(queue)[1]
         _run_node(engine, node, queue)
 
 
@@ -156,11 +183,22 @@ def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
     grad = node.buffer
     node.buffer = None
     assert grad is not None
-    for slot in node.saved:
-        slot.get()  # unpacked at the start of a node's apply: a checkpointed region runs here
+    for slot in node.slots:
+        slot.unpack()  # at the start of a node's apply: a checkpointed region runs here
         del slot
+    edges = node.edges
+    if len(edges) == 1:  # most have: what follows, without the lists
+        edge, result = edges[0], node.apply(grad)[0]
+        assert edge is not None
+        if result is not None and (result.shape is not edge[1] or result.dtype is not edge[2]):
+            result = engine.fit_gradient(result, edge[1], edge[2])
+        del grad
+        node.held = node.slots = ()
+        if result is not None:
+            _deliver(engine, edge[0], result, queue)
+        return
     results = list(node.apply(grad))
-    for position, edge in enumerate(node.edges):  # call_function: validate_outputs
+    for position, edge in enumerate(edges):  # call_function: validate_outputs
         result = results[position]
         if edge is None or result is None:
             continue
@@ -168,21 +206,27 @@ def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
             results[position] = engine.fit_gradient(result, edge[1], edge[2])
     result = None
     del grad
-    node.saved = ()  # release_variables
-    for position, edge in enumerate(node.edges):
+    node.held = node.slots = ()  # release_variables
+    for position, edge in enumerate(edges):
         result = results[position]
         if edge is None or result is None:
             continue
         results[position] = None
-        target = edge[0]
-        if isinstance(target, Node):
-            _accumulate(engine, target, result)
-            if not target.queued:
-                target.queued = True
-                heapq.heappush(queue, (-target.seq, target))
-        else:
-            engine.accumulate_leaf(target, result)
+        _deliver(engine, edge[0], result, queue)
         result = None
+
+
+def _deliver(engine: Any, target: Any, grad: Tensor, queue: list[tuple[int, Node]]) -> None:
+    """A gradient to the node or leaf it is for."""
+    if not isinstance(target, Node):
+        engine.accumulate_leaf(target, grad)
+    elif target.buffer is None:
+        target.buffer = grad
+        if not target.queued:
+            target.queued = True
+            heappush(queue, (-target.seq, target))
+    else:
+        _accumulate(engine, target)
 
 
 def finish_leaves(engine: Any) -> None:
@@ -192,13 +236,11 @@ def finish_leaves(engine: Any) -> None:
         engine.take_leaf(leaf)
 
 
-def _accumulate(engine: Any, node: Node, grad: Tensor) -> None:
+def _accumulate(engine: Any, node: Node) -> None:
     """input_buffer.cpp, accumulate: in place where the gradient that came first is nobody else's
     and no view (can_accumulate_inplace: a view's base holds the storage too)."""
-    if node.buffer is None:
-        node.buffer = grad
-        return
     old = node.buffer
-    if not old.based and sys.getrefcount(old.storage) <= 2 and sys.getrefcount(old) <= 3:
+    assert old is not None
+    if not old.based and getrefcount(old.storage) <= 2 and getrefcount(old) <= 3:
         return  # old.add_(grad)
     node.buffer = engine.new(old.shape, old.dtype, "add (gradients)")

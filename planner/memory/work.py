@@ -10,7 +10,7 @@ from typing import Any
 
 from planner.dtypes import F32, DType
 from planner.memory.storage import Recorder
-from planner.memory.tensor import Shape, Tensor
+from planner.memory.tensor import Shape, Tensor, plain
 
 RIDGE_FLOPS_PER_BYTE = 200  # dense 16-bit peak over bandwidth: 150 to 300 from A100 to B200
 
@@ -51,7 +51,7 @@ class Kernels:
 
     def new(self, shape: Shape, dtype: DType, op: str, category: str = "temporaries") -> Tensor:
         """A fresh contiguous tensor."""
-        return Tensor(self.recorder.allocate(shape, dtype, op, category), shape, dtype)
+        return plain(self.recorder.allocate(shape, dtype, op, category), shape, dtype)
 
     def like(self, x: Tensor, dtype: DType, op: str) -> Tensor:
         """A fresh tensor of x's shape and memory order, as TensorIterator makes results."""

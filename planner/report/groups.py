@@ -1,10 +1,9 @@
 """The many terms of a peak as the few that a person wants to read. Computes no byte of its own:
 each group is a sum of terms, and the groups sum to the peak."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from planner.memory.terms import Term
 
@@ -35,8 +34,7 @@ _PARTS = (
 REST = "everything else"
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Terms of one kind. `terms` are sorted, largest first."""
 
     name: str

@@ -1,16 +1,14 @@
 """Lines of text to standard output: the same bytes into every pipe, colours on a terminal alone."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: named tuples would compile each string at import.
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 BAR, BAR_ASCII = "█", "#"
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A line and how a terminal shows it: "good", "bad", "warn", "dim", "head" or plainly."""
 
     text: str = ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from planner.answer import Estimate
 from planner.cost import run_cost
-from planner.estimate import Estimate
 from planner.models.adapters import adapter_words
 from planner.report.groups import groups
 from planner.report.terminal import Line, bar

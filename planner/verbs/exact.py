@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 
+from planner.answer import Estimate
 from planner.devices import Device
 from planner.errors import MissingExtraError, UnsupportedError
-from planner.estimate import Estimate, check, device_of
+from planner.estimate import check, device_of
 from planner.interval import Interval
 from planner.memory.program import run
 from planner.models.registry import Model, load_model

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 
+from planner.answer import Estimate
 from planner.arguments import Arguments, Flag, parse_arguments
 from planner.errors import UnsupportedError
-from planner.estimate import Estimate, estimate
+from planner.estimate import estimate
 from planner.spec import RunSpec
 
 FLAGS = (

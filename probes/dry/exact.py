@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from planner.answer import Parameters
 from planner.devices import Device
-from planner.estimate import Parameters
 from planner.memory.replay import EMPTY_CACHE, smallest_cap
 from planner.spec import RunSpec
 from planner.traced import Traced

@@ -9,9 +9,10 @@ import pytest
 
 import planner.estimate
 import planner.host
+from planner.answer import Estimate
 from planner.cli import main
 from planner.devices import find_device
-from planner.estimate import Estimate, estimate
+from planner.estimate import estimate
 from planner.levers import cheapest
 from planner.report.text import verdict_sentence
 from planner.spec import RunSpec

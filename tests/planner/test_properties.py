@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner.estimate import Estimate, estimate
+from planner.answer import Estimate
+from planner.estimate import estimate
 from planner.levers import apply
 from planner.spec import RunSpec
 from planner.units import MIB

@@ -17,7 +17,8 @@ from planner.errors import InputError, UnsupportedError
 from planner.estimate import estimate
 from planner.memory.ops import Engine
 from planner.memory.optimizer import REFUSED, Optimizer, find_optimizer
-from planner.memory.program import _state_sizes, run
+from planner.memory.program import run
+from planner.memory.states import _state_sizes
 from planner.memory.storage import Recorder
 from planner.memory.tensor import Tensor
 from planner.models.registry import load_model

@@ -106,14 +106,35 @@ def test_steps_settle_where_a_plain_bisection_finds(
     assert replay_in_python([before, first, later, again], expected.cap).ok
 
 
-@given(st.lists(st.integers(0, 99), max_size=50), st.lists(st.integers(0, 9), min_size=10,
-                                                            max_size=10))  # fmt: skip
-def test_indices_move_by_the_shift_of_their_stretch(indices: list[int], shifts: list[int]) -> None:
+@settings(max_examples=400, deadline=None)
+@given(streams(), streams(), st.integers(1, 400))
+def test_a_last_part_that_comes_again_settles_where_a_plain_bisection_finds(
+    load: tuple[list[int], list[int]], step: tuple[list[int], list[int]], resolution: int
+) -> None:
+    sizes, events = step
+    whole = (sizes, events + [~index for index in range(len(sizes)) if ~index not in events])
+    before = _part(*load, 0, RELEASE)
+    first = _part(*whole, len(load[0]), CAPPED | RESET)
+    later = _part(*whole, len(load[0]) + len(sizes), CAPPED)
+    expected = settle_in_python([before], [first, later], later, resolution)
+    assert settle([before], [first, later], later, resolution) == expected
+
+
+SHIFTS = st.lists(st.integers(0, 9), min_size=10, max_size=10)
+
+
+@given(st.lists(st.integers(0, 99), max_size=50), SHIFTS, SHIFTS, st.integers(0, 3))
+def test_indices_move_by_the_shift_of_their_stretch(
+    indices: list[int], shifts: list[int], steps: list[int], times: int
+) -> None:
     starts = array("q", range(0, 100, 10))
     events = array("q", [index if index % 2 else ~index for index in indices])
-    moved = [index + shifts[index // 10] for index in indices]
-    expected = [new if index % 2 else ~new for index, new in zip(indices, moved, strict=True)]
-    assert list(shifted(events, starts, array("q", shifts))) == expected
+    expected = []
+    for turn in range(times):
+        moved = [index + shifts[index // 10] + turn * steps[index // 10] for index in indices]
+        expected += [new if old % 2 else ~new for old, new in zip(indices, moved, strict=True)]
+    found = shifted(events, starts, array("q", shifts), array("q", steps), times)
+    assert list(found) == expected
 
 
 @pytest.mark.parametrize("events", [[0, -1, -1], [-1], [0, -1, 1, -1]])

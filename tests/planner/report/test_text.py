@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from planner.answer import Estimate
 from planner.cli import main
-from planner.estimate import Estimate, estimate
+from planner.estimate import estimate
 from planner.levers import cheapest
 from planner.report.groups import REST, groups
 from planner.report.text import fit_lines, verdict_sentence

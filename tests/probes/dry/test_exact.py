@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import transformers
 
+from planner.answer import Estimate
 from planner.cli import main
-from planner.estimate import Estimate, estimate
+from planner.estimate import estimate
 from planner.memory.program import run
 from planner.models.registry import load_model
 from probes.dry.trace import trace
