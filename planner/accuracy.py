@@ -71,8 +71,10 @@ def report_markdown(
     for title, kind in _KINDS.items():
         parts.append(f"## By {title}")
         parts.append(_by(rows, kind, measured))
-        if title == "quantization" and any(_is_random_int8(row, measured) for row in rows):
-            parts.append(_RANDOM_INT8)
+        if title == "quantization" and any(
+            row.measured.spec.quantization == "int8" for row in rows
+        ):
+            parts.append(_INT8)
         if title == "process":
             parts.append(_USED_PROCESS)
     if tools:
@@ -137,20 +139,18 @@ def boundaries(rows: Sequence[Residual]) -> str:
     """False verdicts of the allocator's interval at the caps that failed and passed."""
     bracketed = [row for row in rows if row.required is not None]
     false_fits = false_refusals = 0
-    widths: dict[bool, list[float]] = {False: [0.0], True: [0.0]}
+    widest = 0.0
     for row in bracketed:
         low, high = row.predicted.allocator_required_interval_bytes
         false_fits += high <= (row.measured.failed_cap_bytes or 0)
         false_refusals += low > (row.measured.passed_cap_bytes or 0)
-        width = (high - low) / row.predicted.allocator_required_bytes
-        widths[row.measured.spec.quantization == "int8"].append(width)
+        widest = max(widest, (high - low) / row.predicted.allocator_required_bytes)
     if not bracketed:
         return "No bisected record."
     return (
         f'{len(bracketed)} bisected records: {false_fits} would be told "fits" at the cap that '
         f'failed, {false_refusals} "does not fit" at the cap that passed. Intervals are '
-        f"{max(widths[False]):.1%} of the requirement wide at most"
-        + (f", of 8 bits {max(widths[True]):.1%}." if any(widths[True]) else ".")
+        f"{widest:.1%} of the requirement wide at most."
     )
 
 
@@ -211,22 +211,10 @@ def _tokens(measured: Measured) -> int:
     return spec.micro_batch_size * spec.sequence_length * spec.gradient_accumulation_steps
 
 
-def _is_random_int8(row: Residual, meters: Mapping[str, Meters]) -> bool:
-    found = meters.get(row.measured.key)
-    return (
-        row.measured.spec.quantization == "int8" and found is not None and found.weights == "random"
-    )
-
-
-def _quantization(row: Residual, meters: Mapping[str, Meters]) -> str:
-    random = _is_random_int8(row, meters)
-    return "int8, weights drawn at random" if random else row.measured.spec.quantization
-
-
 Kind = Callable[[Residual, Mapping[str, Meters]], str]
 _KINDS: dict[str, Kind] = {
     "family": lambda row, _: load_model(row.measured.spec.model).model_type,
-    "quantization": _quantization,
+    "quantization": lambda row, _: row.measured.spec.quantization,
     "stack": lambda row, _: row.measured.spec.stack,
     "checkpointing": lambda row, _: (
         "checkpointed" if row.measured.spec.gradient_checkpointing else "plain"
@@ -238,16 +226,17 @@ _KINDS: dict[str, Kind] = {
 _USED_PROCESS = (
     "A load may serve several shapes. What is allocated is that of a fresh process; reserved "
     "bytes and the smallest cap depend on where earlier shapes left segments, since the allocator "
-    "takes the lowest of equal holes. Predictions are of a fresh process."
+    "takes the lowest of equal holes. Predictions are of a fresh process; where a bracket lay far "
+    "from its prediction, fresh processes searched it again (results/capacities)."
 )
 
-_RANDOM_INT8 = (
-    "The int8 records are a group of their own: their weights were drawn at random. bitsandbytes' "
-    "`MatMul8bitLt` keeps, beside its int8 copy, every input column that holds a value beyond its "
-    "threshold of 6 (`A[:, outlier columns]`, in 16 bits). In trained models such columns are few "
-    "(about 0.1% of the features, https://arxiv.org/abs/2208.07339); with random weights nearly "
-    "every input of `down_proj` has one once a batch holds some 2,000 tokens, and the run keeps "
-    "memory that a trained model's would not. Their errors stay in every total above."
+_INT8 = (
+    "8 bits: bitsandbytes' `MatMul8bitLt` keeps, beside its int8 copy, every input column that "
+    "holds a value beyond its threshold of 6 (`A[:, outlier columns]`, in 16 bits). The records' "
+    "weights were drawn at random, with which nearly every input of `down_proj` has one; how many "
+    "is predicted from their distribution (planner/memory/outliers.py), and it is what a spec's "
+    '`int8_outliers = "many"`, the default, counts. In trained models such columns are few (about '
+    '0.1% of the features, https://arxiv.org/abs/2208.07339): `"few"` leaves them out.'
 )
 TOOLS_NOTE = (
     "Made by `python -m probes.others results/records --out results/tables/other-tools.csv`, which "

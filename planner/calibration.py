@@ -62,11 +62,9 @@ class Calibration(NamedTuple):
         return {**self._asdict(), "rates": self.rates._asdict(), "bands": bands}
 
 
-def band_key(stack: str, gradient_checkpointing: bool, quantization: str) -> str:
-    """Configurations that leave the allocator alike: by stack and checkpointing; 8 bits apart,
-    since what they keep of their inputs depends on the data (which columns hold outliers)."""
-    kind = "checkpointed" if gradient_checkpointing else "plain"
-    return f"{stack}, {kind}, int8" if quantization == "int8" else f"{stack}, {kind}"
+def band_key(stack: str, gradient_checkpointing: bool) -> str:
+    """Configurations that leave the allocator alike: by stack and checkpointing."""
+    return f"{stack}, {'checkpointed' if gradient_checkpointing else 'plain'}"
 
 
 def covered_name(stack: str, model_type: str) -> str:

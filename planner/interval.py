@@ -28,7 +28,7 @@ def requirement_interval(
     card, so the card does not widen it."""
     calibration, _ = calibration_of(device_id or "h200")
     unmodelled = version_notes(spec)
-    key = band_key(spec.stack, spec.gradient_checkpointing, spec.quantization)
+    key = band_key(spec.stack, spec.gradient_checkpointing)
     band = calibration.bands.get(key)
     covered = (
         band is not None

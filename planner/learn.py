@@ -120,7 +120,7 @@ def bands(rows: Iterable[Residual]) -> dict[str, Band]:
             continue
         predicted = row.predicted.allocator_required_bytes
         spec = measured.spec
-        key = band_key(spec.stack, spec.gradient_checkpointing, spec.quantization)
+        key = band_key(spec.stack, spec.gradient_checkpointing)
         ends = (
             measured.failed_cap_bytes / predicted - 1,
             measured.passed_cap_bytes / predicted - 1,

@@ -27,6 +27,9 @@ def notes(
         told.append(f"{device.label} cannot run flash_attention_2: use sdpa")
     if spec.quantization == "int8" and not device.supports_int8_tensor:
         told.append(f"{device.label} cannot run bitsandbytes int8: use nf4")
+    if spec.quantization == "int8" and spec.int8_outliers == "many":
+        told.append("int8 keeps input columns with outliers: counted as for random weights, nearly "
+                    "all of down_proj's; trained ones keep less (--int8-outliers few)")  # fmt: skip
     if spec.optimizer.startswith(("galore", "apollo")):
         told.append(f"{spec.optimizer}: rank 128 on every linear (optim_target_modules all-linear)")
     if spec.optimizer.startswith("galore"):

@@ -118,8 +118,7 @@ def traced_interval(spec: RunSpec, model_type: str, required_bytes: int) -> Inte
     """The band around a traced requirement: the worst residues of the records that were traced
     (`python -m probes.dry.accuracy --band`), wider for a family or stack without one."""
     known = _bands()
-    int8 = spec.quantization == "int8"
-    band = known["stacks"].get(f"{spec.stack}, int8" if int8 else spec.stack)
+    band = known["stacks"].get(spec.stack)
     notes: tuple[str, ...] = ()
     factor = 1.0
     if band is None or model_type not in known["model_types"]:

@@ -10,7 +10,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median
@@ -20,6 +20,7 @@ from planner.errors import VramwiseError
 from planner.memory.allocator import ROUND_LARGE_BYTES
 from planner.memory.replay import replay
 from planner.models.registry import load_model
+from planner.residuals import fresh_capacities
 from probes.dry.events import Trace, stream
 from probes.dry.exact import steps_required_bytes
 from probes.dry.target import target_of
@@ -80,6 +81,16 @@ def compare(record: Record) -> Row:
         required or None, round(traced.seconds, 1),
         "; ".join(traced.unknown_operations), _by_phase(traced, record),
     )  # fmt: skip
+
+
+def _with_capacity(record: Record, fresh: Mapping[str, tuple[int | None, int]]) -> Record:
+    """The record with the bracket that fresh processes found, where they were asked."""
+    if record.key not in fresh or record.meters is None:
+        return record
+    failed, passed = fresh[record.key]
+    capacity = Capacity(failed_cap_bytes=failed, passed_cap_bytes=passed, attempts=(), seconds=0.0)
+    meters = record.meters.model_copy(update={"capacity": capacity})
+    return record.model_copy(update={"meters": meters})
 
 
 def _residue(traced: int | None, measured: int) -> float | None:
@@ -168,8 +179,8 @@ def write_band(path: Path, rows: Sequence[Row]) -> None:
     outside it."""
     stacks: dict[str, dict[str, float]] = {}
     bisected = [row for row in rows if row.traced_required_bytes and row.passed_cap_bytes]
-    for stack in sorted({_band_of(row) for row in bisected}):
-        chosen = [row for row in bisected if _band_of(row) == stack]
+    for stack in sorted({row.stack for row in bisected}):
+        chosen = [row for row in bisected if row.stack == stack]
         ratios = [
             (row.failed_cap_bytes / row.traced_required_bytes,
              row.passed_cap_bytes / row.traced_required_bytes)
@@ -184,11 +195,6 @@ def write_band(path: Path, rows: Sequence[Row]) -> None:
     families = sorted({row.family for row in rows})
     text = json.dumps({"model_types": families, "stacks": stacks}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _band_of(row: Row) -> str:
-    """8 bits apart: which input columns they keep depends on the data."""
-    return f"{row.stack}, int8" if " int8 " in row.setting else row.stack
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -215,8 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for fault in faults:
         print(fault, file=sys.stderr)  # noqa: T201
     wanted = [r for r in latest(records) if r.outcome == "ok" and r.meters and r.environment]
+    fresh = fresh_capacities(given.records)
     rows = []
-    for record in wanted:
+    for record in (_with_capacity(record, fresh) for record in wanted):
         name = f"{record.spec.model} {record.spec.stack} {_setting(record)} {record.key}"
         if given.only not in name:
             continue
