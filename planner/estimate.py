@@ -198,8 +198,8 @@ def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> E
         paged_bytes=program.states.paged_bytes,
         step_seconds=speed.step_s,
         step_seconds_interval=(
-            speed.step_s * (1 - speed.spread),
-            speed.step_s * (1 + speed.spread),
+            speed.fastest_s,
+            speed.slowest_s,
         ),
         tokens_per_second=fit.tokens_per_second,
         time=speed,

@@ -28,6 +28,7 @@ _RATES: dict[str, tuple[float, float, float]] = {
     "hook_s": (3e-5, 1e-6, 1e-4),
     "search_flops": (1e3, 10.0, 1e5),
 }
+_UNKNOWN_RANGE = (0.5, 2.0)  # of seconds, where no record is bound so
 _ROUNDS, _POINTS, _SPAN, _NARROWING = 14, 41, 1.2, 0.75
 
 
@@ -65,10 +66,10 @@ def learn(device_name: str, rows: Sequence[Residual]) -> Calibration:
 
 def fit_rates(timed: Sequence[Timed]) -> Rates:
     """The rates with the smallest mean relative error, one after another by grids that close in; a
-    rate that no record depends on stays where it starts. Then the spread that covers nine in ten.
+    rate that no record depends on stays where it starts. Then the ranges that cover 95 in 100.
     """
     starts = {name: start for name, (start, _, _) in _RATES.items()}
-    rates = Rates(**starts, spread=0.0, launch_spread=0.0)
+    rates = Rates(**starts, gpu_range=(1.0, 1.0), host_range=(1.0, 1.0))
     least = _mean_error(rates, timed)
     span = _SPAN
     for _ in range(_ROUNDS):
@@ -81,7 +82,7 @@ def fit_rates(timed: Sequence[Timed]) -> Rates:
                 if error < least:
                     least, rates = error, tried
         span *= _NARROWING
-    return _with_spread(rates, timed)
+    return _with_ranges(rates, timed)
 
 
 def _mean_error(rates: Rates, timed: Sequence[Timed]) -> float:
@@ -97,17 +98,23 @@ def _error(rates: Rates, row: Timed) -> float:
     return _seconds(rates, row.load)[0] / row.seconds - 1
 
 
-def _with_spread(rates: Rates, timed: Sequence[Timed]) -> Rates:
-    spreads = {}
+def _with_ranges(rates: Rates, timed: Sequence[Timed]) -> Rates:
+    ranges = {}
     for by_host in (False, True):
-        errors = sorted(
-            abs(row.seconds / _seconds(rates, row.load)[0] - 1)
+        ratios = sorted(
+            row.seconds / _seconds(rates, row.load)[0]
             for row in timed
             if _seconds(rates, row.load)[1] == by_host
         )
-        spreads[by_host] = errors[int(0.9 * (len(errors) - 1))] if errors else 0.5
+        ranges[by_host] = _middle(ratios) if ratios else _UNKNOWN_RANGE
     rounded = {name: float(f"{getattr(rates, name):.4g}") for name in _RATES}
-    return Rates(**rounded, spread=round(spreads[False], 3), launch_spread=round(spreads[True], 3))
+    return Rates(**rounded, gpu_range=ranges[False], host_range=ranges[True])
+
+
+def _middle(ratios: Sequence[float]) -> tuple[float, float]:
+    """The ends of the middle 95 in 100; 1 is always inside."""
+    cut = int(0.025 * len(ratios))
+    return round(min(1.0, ratios[cut]), 3), round(max(1.0, ratios[-1 - cut]), 3)
 
 
 def bands(rows: Iterable[Residual]) -> dict[str, Band]:

@@ -94,7 +94,7 @@ def traced_estimate(spec: RunSpec, device: Device, model_id: str, traced: Traced
         paged_bytes=traced.paged_bytes,
         step_seconds=speed.step_s,
         step_seconds_interval=(
-            speed.step_s * (1 - speed.spread), speed.step_s * (1 + speed.spread)
+            speed.fastest_s, speed.slowest_s
         ),
         tokens_per_second=tokens / speed.step_s,
         time=speed,

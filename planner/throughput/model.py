@@ -18,9 +18,7 @@ from planner.spec import RunSpec
 
 class StepTime(NamedTuple):
     """Seconds of one optimizer step: by arithmetic, by bytes, by the host (launches and hooks),
-    and together.
-
-    spread: relative half-width of the interval.
+    and together; fastest_s and slowest_s are the ends of the interval.
     """
 
     step_s: Any
@@ -28,7 +26,8 @@ class StepTime(NamedTuple):
     bytes_s: Any
     launches_s: Any
     basis: str
-    spread: Any
+    fastest_s: Any
+    slowest_s: Any
 
 
 class Load(NamedTuple):
@@ -73,13 +72,23 @@ def step_time(spec: RunSpec, device: Device, work: StepWork) -> StepTime:
     load = load_of(spec, device, work)
     arithmetic, traffic, launches = parts(rates, load)
     gpu = arithmetic + traffic
-    bound = launches > gpu
-    spread = rates.spread + (rates.launch_spread - rates.spread) * bound
+    widening = 1.0 if own else WIDENING
+    gpu_low, gpu_high = _widened(rates.gpu_range, widening)
+    host_low, host_high = _widened(rates.host_range, widening)
     return StepTime(
-        gpu + (launches - gpu) * bound, arithmetic, traffic, launches,
-        "calibrated" if own else "analytic", min(0.9, spread * (1 if own else WIDENING))
-        if isinstance(spread, float) else spread,
+        _larger(gpu, launches), arithmetic, traffic, launches, "calibrated" if own else "analytic",
+        _larger(gpu * gpu_low, launches * host_low), _larger(gpu * gpu_high, launches * host_high),
     )  # fmt: skip
+
+
+def _widened(range_: tuple[float, float], factor: float) -> tuple[float, float]:
+    low, high = range_
+    return max(0.1, 1 + (low - 1) * factor), 1 + (high - 1) * factor
+
+
+def _larger(a: Any, b: Any) -> Any:
+    """max of numbers, element-wise of arrays."""
+    return a + (b - a) * (b > a)
 
 
 def parts(rates: Rates, load: Load) -> tuple[Any, Any, Any]:

@@ -50,7 +50,7 @@ def gpus_lines(rows: list[CardRow], priced: bool) -> list[Line]:
             text += f"{_money(row.cost_per_million_tokens):>15}{_money(row.run_cost):>10}"
         limits = "; ".join(relevant_limits(row.device, row.spec))
         lines.append(Line(f"{text}  {limits}".rstrip(), _STYLE[fit.verdict]))
-    spread = max((row.fit.speed.spread for row in rows), default=0.0)
+    spread = max((row.fit.speed.slowest_s / row.fit.speed.step_s - 1 for row in rows), default=0.0)
     lines += [Line(), Line(f"GiB; speeds within about {spread:.0%} where no record of the card "
                            "was measured", "dim")]  # fmt: skip
     return lines
