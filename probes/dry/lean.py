@@ -1,4 +1,4 @@
-"""The lean stack traced: the recipes' own step on meta, its kernels as they run uncompiled."""
+"""The lean stack traced: the recipes' own step on meta, its layers as inductor compiles them."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ class LeanRun:
     ) -> None:  # fmt: skip
         self.spec, self.batches, self.recorder, self.semantics = spec, batches, recorder, semantics
         self._open: list[ExitStack] = []
-        recorder.note_unknown("lean: traced uncompiled; compiled layers hold less between kernels")
+        from probes.dry.compiled import Compiler  # loads inductor: only where something compiles
+
+        self._compiler = Compiler(recorder)
         built = Built(model, base, config, spec, torch.device("meta"))
         with self._as_on_cuda():
             self.step = LeanStep(
-                built, spec, total_steps=10, options=LeanOptions(compile=False),
+                built, spec, total_steps=10, options=LeanOptions(compile=True),
                 listener=self._hear,
             )  # fmt: skip
         for parameter in self.step.trained:
@@ -63,6 +65,7 @@ class LeanRun:
         host = [self.batches.host(self.spec.micro_batch_size) for _ in range(count)]
         with self._as_on_cuda():
             self.step.step(host)
+            self._compiler.settle()
 
     def evaluate(self) -> None:
         """One batch without dropout."""
@@ -78,6 +81,7 @@ class LeanRun:
 
         with (
             mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
+            mock.patch("recipes.layers._compiled", self._compiler),
             lean_kernels(),
             self.semantics,
         ):
