@@ -3,7 +3,6 @@ inductor's code for the card would run."""
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,9 @@ _HOOKS = (
     "_global_forward_pre_hooks", "_global_forward_hooks", "_global_forward_hooks_always_called",
 )  # fmt: skip
 
+# Both directions compiled in forward, where a failure can be told; what is compiled is not stored.
+_AT_ONCE = {"force_non_lazy_backward_lowering": True, "enable_autograd_cache": False}
+
 
 class Compiler:
     """Use `compiler(function)` where a recipe calls `torch.compile(function)`.
@@ -36,7 +38,6 @@ class Compiler:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self._compiled_since = False
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function(layer, *tensors, **kwargs)` compiled; where torch cannot compile it here,
@@ -61,15 +62,8 @@ class Compiler:
 
         return run
 
-    def settle(self) -> None:
-        """Free what compiling left in reference cycles: arguments of the calls that compiled."""
-        if self._compiled_since:
-            gc.collect()
-            self._compiled_since = False
-
     def _backend(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        self._compiled_since = True
-        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+        with functorch_config.patch(_AT_ONCE):
             return compile_graph(graph, inputs, self.recorder.target, self._load)
 
     def _load(self, source: str) -> Call:
