@@ -34,15 +34,15 @@ class Batches:
         """The same batch before it is sent: integers on the host, pixels without bytes there."""
         batch = collate([self._integers] * rows)
         for name, pixels in self._pixels.items():
-            batch[name] = pixels.new_empty((rows * len(pixels), *pixels.shape[1:]), device="meta")
+            shape = (rows * len(pixels), *pixels.shape[1:])
+            batch[name] = torch.empty((), dtype=pixels.dtype).expand(shape)
         return batch
 
 
 def _placed(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == "meta":
-        return tensor
-    placed = torch.empty_like(tensor, device="meta")
-    return values.give(placed, tensor) if tensor.numel() <= values.MAX_ELEMENTS else placed
+    placed = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    small = tensor.numel() <= values.MAX_ELEMENTS and not tensor.is_floating_point()
+    return values.give(placed, tensor) if small else placed
 
 
 def _image(spec: RunSpec, config: PretrainedConfig, model: PreTrainedModel) -> Images:

@@ -25,6 +25,8 @@ MATRIX_PRODUCTS = frozenset(
     (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
 )
 
+_COMPOSITES = frozenset((_aten.linear.default, _aten.matmul.default))
+
 
 class Recorder(TorchDispatchMode):
     """Active while the traced program runs. `events` grows; `load` is cut off by `take`.
@@ -56,6 +58,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _aten.add.Tensor and engine.sums_in_place(func, args):
             return args[0]
+        if func in _COMPOSITES:  # met whole below autograd, inside a custom operation
+            with self:
+                return func.decompose(*args, **kwargs)
         standin = standins.lookup(func)
         if standin is not None:
             result = standin(self, func, args, kwargs)
@@ -134,6 +139,12 @@ class Recorder(TorchDispatchMode):
         finally:
             self.phase, self.category = before
             self.section += 1
+
+    def product(self, func: Any, args: tuple, kwargs: dict[str, Any], out: torch.Tensor) -> None:
+        """A matrix product into `out`, called by code that no mode sees."""
+        if func in MATRIX_PRODUCTS:
+            self._workspaces(func, args)
+        self.work.count(self.phase, func, args, kwargs, out)
 
     def empty_cache(self) -> None:
         """`torch.cuda.empty_cache()` was called here: no bytes, but a mark for the allocator."""
