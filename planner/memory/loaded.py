@@ -23,7 +23,8 @@ class Loaded:
 
     adapted: the paths with LoRA; trained: modules of the tree that are trained whole (an
     adapter of the model's own, LLaMA-Adapter's prompts); own_step: this project's recipe builds
-    and runs the model, without k-bit preparation, 4-bit linears in the spec's precision.
+    and runs the model, without k-bit preparation, 4-bit linears in the spec's precision;
+    masked_labels: positions of a sample that are images and have no label.
     `leaves` keeps one leaf per parameter, so that gradients accumulate where torch's do.
     """
 
@@ -34,6 +35,7 @@ class Loaded:
     decoder_layers: int | None = None  # run only so many of them
     trained: frozenset[str] = frozenset()
     own_step: bool = False
+    masked_labels: int = 0
     leaves: dict[str, Any] = field(default_factory=dict)
     _linears: dict[str, Linear] = field(default_factory=dict)
 

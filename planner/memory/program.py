@@ -86,7 +86,11 @@ def load(spec: RunSpec, model: Model) -> Loaded:
             f"method: 'full' cannot train {spec.quantization} weights; allowed: quantization "
             "'none' with 'full', or method 'lora'"
         )
-    return Loaded(spec, model.tree, adapted)
+    masked = 0
+    if spec.images_per_sample:
+        masked = model.family.image_features(model.geometry, spec.image_size)
+    masked *= spec.images_per_sample
+    return Loaded(spec, model.tree, adapted, masked_labels=masked)
 
 
 @lru_cache(maxsize=16)

@@ -49,6 +49,7 @@ class LeanLayers:
             out = self._mlp_output(linears, held, keep=reached and not checkpoint)
         if not reached:
             return out
+        self._drop_unread(linears, held)
         saved = (hidden,) if checkpoint else (hidden, *held.values())
         del held
         shape = hidden.shape
@@ -110,6 +111,14 @@ class LeanLayers:
         else:
             kept["product"] = inner["gate"]  # written over it
         return kept
+
+    def _drop_unread(self, linears: dict[str, Linear], held: dict[str, Tensor]) -> None:
+        """A linear's input is read again in backward by its adapter, or its weight's gradient."""
+        readers = {"x1": self.qkv, "x2": self.gate_up, "product": ("down",)}
+        for name, paths in readers.items():
+            trained = any(x.requires_grad for path in paths for x in _leaves(linears[path]))
+            if name in held and not trained:
+                del held[name]
 
     def _mlp_output(
         self, linears: dict[str, Linear], held: dict[str, Tensor], keep: bool
@@ -210,7 +219,8 @@ def lean_loss(
     t.recorder.enter("loss")
     state, dtype = loaded.linear(path), hidden.dtype
     batch, length, width = hidden.shape
-    predicted, vocab = batch * (length - 1), state.out_features
+    predicted = batch * (length - 1 - loaded.masked_labels)
+    vocab = state.out_features
     rows = minimum(predicted, max(1, CHUNK_BYTES // (vocab * dtype.itemsize)))
     leaves = [x for x in _leaves(state) if x.requires_grad]
     with t.recorder.scope(path):
