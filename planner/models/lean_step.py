@@ -60,6 +60,10 @@ class LeanLayers:
                 recomputed = self._body(linears, Tensor(None, shape, self.dtype), keep=True)
                 if self.sandwiched:  # recomputed whole
                     self._mlp_output(linears, recomputed, keep=True)
+                returned = {} if self.sandwiched else {"product": recomputed["product"]}
+                self._drop_unread(linears, recomputed)
+                recomputed |= returned  # the split layer's body hands it over
+                del returned
             gradients = self._backward(linears, shape, recomputed)
             del recomputed
             made = t.new(shape, self.dtype, "layer (input gradient)")
@@ -138,13 +142,18 @@ class LeanLayers:
         t = self.t
         found: dict[str, list[Tensor]] = {}
         inner = self._linear_backward(linears["down"], shape, found, "down")
-        for name in reversed(self.gate_up):  # their gradients take gate's and up's place
-            self._linear_backward(linears[name], shape, found, name)
-        del inner
+        # The activation's gradients: one is new, for which gate is given up; one takes up's place.
+        rows = (*shape[:2], sum(linears[name].out_features for name in self.gate_up) // 2)
+        fresh: Tensor | None = self._new(rows, "activation (backward)")
         if held is not None:
-            for name in ("product", *self.gate_up, "x2", "residual"):
-                held.pop(name)
-            held.pop("mlp output", None)
+            held.pop("gate", None)
+        for name in reversed(self.gate_up):
+            self._linear_backward(linears[name], shape, found, name)
+            fresh = None
+        del inner, fresh
+        if held is not None:
+            for name in ("product", *self.gate_up, "x2", "residual", "mlp output"):
+                held.pop(name, None)
         attended = self._linear_backward(linears["o"], shape, found, "o")
         g, (batch, length, _) = self.g, shape
         shapes = [
@@ -242,9 +251,11 @@ def lean_loss(
     del grads
 
     def backward(_: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(kept) if hidden_reached else (None, *kept)
+        made = tuple(kept) if hidden_reached else (None, *kept)
+        kept.clear()  # they were made in the forward; whoever takes them holds them
+        return made
 
-    return t.record(loss, (hidden, *leaves), kept, backward), None
+    return t.record(loss, (hidden, *leaves), tuple(kept), backward), None
 
 
 def _names(g: Any) -> dict[str, str]:
