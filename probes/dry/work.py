@@ -39,13 +39,8 @@ class Counter:
 
     def count(self, phase: str, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Add one operation of `phase`."""
-        if phase in ("forward", "backward", "recompute"):
-            work = self.micro_batch
-        elif phase in ("clip", "optimizer"):
-            work = self.optimizer
-        else:
-            return
-        if self._is_free(func):
+        work = self._of(phase)
+        if work is None or self._is_free(func):
             return
         work.launches += 1
         flops = _flops(func, args, kwargs, out)
@@ -58,6 +53,18 @@ class Counter:
                 work.flops_16bit += flops
             traffic = max(0, traffic - flops // RIDGE_FLOPS_PER_BYTE)
         work.traffic_bytes += traffic
+
+    def count_kernel(self, phase: str, args: tuple) -> None:
+        """A generated kernel: its operands once, no products."""
+        work = self._of(phase)
+        if work is not None:
+            work.launches += 1
+            work.traffic_bytes += _traffic(args, None)
+
+    def _of(self, phase: str) -> Work | None:
+        if phase in ("forward", "backward", "recompute"):
+            return self.micro_batch
+        return self.optimizer if phase in ("clip", "optimizer") else None
 
     def _is_free(self, func: Any) -> bool:
         found = self._views.get(func)
@@ -77,10 +84,21 @@ def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
     formula = flop_registry.get(func._overloadpacket)
     if formula is None:
         return 0
-    flops = int(formula(*args, **kwargs, out_val=out))
     position = _SDPA_FORWARD.get(name)
+    operands = _at_all_heads(args) if position is not None else args
+    flops = int(formula(*operands, **kwargs, out_val=out))
     causal = position is not None and len(args) > position and args[position]
     return flops // 2 if causal else flops
+
+
+def _at_all_heads(args: tuple) -> tuple:
+    """Shapes of [B, H, S, D] operands with grouped keys and values at every head, which torch
+    2.11's formula asks for."""
+    heads = max(x.shape[1] for x in args if isinstance(x, torch.Tensor) and x.dim() == 4)
+    return tuple(
+        (x.shape[0], heads, *x.shape[2:]) if isinstance(x, torch.Tensor) and x.dim() == 4 else x
+        for x in args
+    )
 
 
 def _traffic(args: tuple, out: Any) -> int:

@@ -1,5 +1,6 @@
-"""What a 7B trace costs: at most 15 s on two cores whatever the batch, below 2 GiB of memory; a
-reused one, a fraction of a second. Each in a process of its own, which reports."""
+"""What a 7B trace costs: at most 15 s on two cores whatever the batch, below 2 GiB of memory, twice
+that where layers are compiled and the cores shared; a reused one, a fraction of a second. Each in a
+process of its own, which reports."""
 
 from __future__ import annotations
 
@@ -35,11 +36,12 @@ def _measured(**values: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_7b_trace_takes_15_seconds_and_2_gib(capsys: Any) -> None:
+@pytest.mark.parametrize(("stack", "limit_s"), [("stock", 15), ("lean", 30)])
+def test_a_7b_trace_takes_seconds_and_2_gib(stack: str, limit_s: float, capsys: Any) -> None:
     batch = 64  # sizes are numbers only: a batch of 1 takes as long
-    told = _measured(micro_batch_size=batch, gradient_checkpointing=True)
+    told = _measured(micro_batch_size=batch, gradient_checkpointing=True, stack=stack)
     with capsys.disabled():
         gib = told["rss_bytes"] / 2**30
-        sys.stdout.write(f"\n7B, batch {batch}: {told['seconds']:.1f} s, {gib:.2f} GiB\n")
-    assert told["seconds"] < 15
+        sys.stdout.write(f"\n7B {stack}, batch {batch}: {told['seconds']:.1f} s, {gib:.2f} GiB\n")
+    assert told["seconds"] < limit_s
     assert told["rss_bytes"] < 2 * 2**30
