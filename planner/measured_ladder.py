@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from planner.errors import InputError, Problem, VramwiseError
@@ -61,25 +62,34 @@ def _rows(file: Path) -> Iterable[dict[str, Any]]:
 
 
 def find_measured(spec: RunSpec, rows: Iterable[Mapping[str, Any]]) -> Measured | None:
-    """The row of the spec's own settings; among several, the last that looked for the smallest cap.
-    Any accumulation is as two micro batches are: the second meets the first's gradients."""
+    """The row of the spec's own settings; among several, the last that looked for the smallest cap,
+    with the median of their seconds. Any accumulation is as two micro batches are: the second meets
+    the first's gradients."""
     found = [row for row in rows if _is_of(row, spec)]
     if not found:
         return None
     bisected = [row for row in found if row.get("allocator_required_bytes")]
     row = (bisected or found)[-1]
+    seconds = [
+        other["step_seconds"]
+        for other in found
+        if other.get("step_seconds") and _accumulation(other) == _accumulation(row)
+    ]
     return Measured(
         str(row.get("device", "")), str(row.get("outcome", "ok")), row.get("peak_allocated_bytes"),
         row.get("peak_reserved_bytes"), row.get("allocator_required_bytes"),
-        row.get("non_torch_bytes") or None, row.get("step_seconds"),
+        row.get("non_torch_bytes") or None, median(seconds) if seconds else None,
     )  # fmt: skip
+
+
+def _accumulation(row: Mapping[str, Any]) -> int:
+    return int(row.get("gradient_accumulation_steps", 1))
 
 
 def _is_of(row: Mapping[str, Any], spec: RunSpec) -> bool:
     if any(row.get(name, default) != default for name, default in _DEFAULTS.items()):
         return False
-    accumulated = row.get("gradient_accumulation_steps", 1)
-    if (accumulated > 1) != (spec.gradient_accumulation_steps > 1):
+    if (_accumulation(row) > 1) != (spec.gradient_accumulation_steps > 1):
         return False
     if any(name in row and row[name] != getattr(spec, name) for name in _SETTINGS):
         return False
