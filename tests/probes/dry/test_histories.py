@@ -26,6 +26,9 @@ OUTLIERS = {"65ec7a88f4f9f6cb": [
 # Under fp16 with bf16 weights the engine casts the gradient that a 4-bit product returns. torch
 # 2.11 drops the product's own incoming gradient after that cast, 2.13 before: an order, no bytes.
 LATER_RELEASES = {"75346904a56617f7"}
+# Compiled layers: the code that torch 2.11 generates takes one buffer more a layer, or another,
+# than that of 2.13, and not at the peak.
+COMPILED = {"184d1fdd799d4b5b", "22f1972b52c1feba", "cecf90bf1ca09905"}
 
 
 def _name(path: Path) -> str:
@@ -40,13 +43,13 @@ def _cases(paths: list[Path]) -> list[Any]:
 
 
 def test_there_are_histories() -> None:
-    assert len(FILES) >= 15
-    assert {_name(path) for path in FILES} >= {*QUICK, *OUTLIERS, *LATER_RELEASES}
+    assert len(FILES) >= 18
+    assert {_name(path) for path in FILES} >= {*QUICK, *OUTLIERS, *LATER_RELEASES, *COMPILED}
     assert all(read(path).key == _name(path) for path in FILES)
 
 
 @pytest.mark.parametrize(
-    "path", _cases([p for p in FILES if _name(p) not in {*OUTLIERS, *LATER_RELEASES}])
+    "path", _cases([p for p in FILES if _name(p) not in {*OUTLIERS, *LATER_RELEASES, *COMPILED}])
 )
 def test_a_steps_requests_are_the_cards(path: Path) -> None:
     history = read(path)
@@ -78,6 +81,14 @@ def test_requests_are_the_cards_but_for_the_order_of_releases(path: Path) -> Non
     assert Counter(history.events) == Counter(traced)
     assert _allocations(history.events) == _allocations(traced)
     assert abs(max(accumulate(history.events)) - max(accumulate(traced))) <= 22 * MIB
+
+
+@pytest.mark.parametrize("path", _cases([p for p in FILES if _name(p) in COMPILED]))
+def test_a_compiled_steps_peak_is_the_cards_to_the_byte(path: Path) -> None:
+    history = read(path)
+    traced = _traced(history)
+    assert not Counter(_allocations(traced)) - Counter(_allocations(history.events))
+    assert max(accumulate(history.events)) == max(accumulate(traced))
 
 
 def _traced(history: History) -> list[int]:
