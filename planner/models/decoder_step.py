@@ -66,7 +66,7 @@ class Decoder:
             layer = partial(self.layer, prefix, masks[kind], rotary[kind])
             t.recorder.mark(("forward", index))
             if lean is not None:
-                hidden = lean.layer(prefix, hidden)
+                hidden = lean.layer(prefix, hidden, masks[kind] is not None)
             elif self.loaded.spec.gradient_checkpointing:
                 hidden = t.checkpoint(layer, hidden)
             else:

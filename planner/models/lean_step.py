@@ -35,17 +35,19 @@ class LeanLayers:
         self.qkv: tuple[str, ...] = ("qkv",) if fused else ("q", "k", "v")
         self.gate_up: tuple[str, ...] = ("gate_up",) if fused else ("gate", "up")
         self.sandwiched = geometry.sandwich_norms  # norms after attention and MLP keep their inputs
+        self.split = not (fused or self.sandwiched)  # recipes.layers._SPLIT
         self.dtype = DType(loaded.spec.weights_dtype)
 
-    def layer(self, prefix: str, hidden: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+    def layer(self, prefix: str, hidden: Tensor, masked: bool) -> Tensor:
+        """(B, S, D) -> (B, S, D). masked: attention is given a mask (a window within the sequence),
+        which each layer makes of the boolean one."""
         t, names = self.t, _names(self.g)
         linears = {n: self.loaded.linear(prefix + path) for n, path in names.items()}
         leaves = [x for state in linears.values() for x in _leaves(state) if x.requires_grad]
         reached = t.grad_enabled and (hidden.requires_grad or bool(leaves))
         checkpoint = reached and self.loaded.spec.gradient_checkpointing
         with t.no_grad():
-            held = self._body(linears, hidden, keep=reached and not checkpoint)
+            held = self._body(linears, hidden, masked, keep=reached and not checkpoint)
             out = self._mlp_output(linears, held, keep=reached and not checkpoint)
         if not reached:
             return out
@@ -57,10 +59,10 @@ class LeanLayers:
         def backward(grad: Tensor) -> tuple[Tensor | None, ...]:
             recomputed = None
             if checkpoint:
-                recomputed = self._body(linears, Tensor(None, shape, self.dtype), keep=True)
-                if self.sandwiched:  # recomputed whole
-                    self._mlp_output(linears, recomputed, keep=True)
-                returned = {} if self.sandwiched else {"product": recomputed["product"]}
+                recomputed = self._body(linears, Tensor(None, shape, self.dtype), masked, keep=True)
+                if not self.split:  # recomputed whole, and held while its backward runs
+                    recomputed["output"] = self._mlp_output(linears, recomputed, keep=True)
+                returned = {"product": recomputed["product"]} if self.split else {}
                 self._drop_unread(linears, recomputed)
                 recomputed |= returned  # the split layer's body hands it over
                 del returned
@@ -72,7 +74,9 @@ class LeanLayers:
 
         return t.record(out, (hidden, *leaves), saved, backward)
 
-    def _body(self, linears: dict[str, Linear], hidden: Tensor, keep: bool) -> dict[str, Tensor]:
+    def _body(
+        self, linears: dict[str, Linear], hidden: Tensor, masked: bool, keep: bool
+    ) -> dict[str, Tensor]:
         """Everything up to the last linear's input; all that backward reads where `keep`."""
         t, g, (batch, length, _) = self.t, self.g, hidden.shape
         kept: dict[str, Tensor] = {"x1": self._new(hidden.shape, "norm")}
@@ -93,13 +97,15 @@ class LeanLayers:
                 kept[f"{name} before its norm"] = projected.pop(name)
             else:
                 del projected[name]
+        mask = self._new((batch, 1, length, length), "mask") if masked else None
         out = self._new((batch, g.num_attention_heads, length, g.head_dim), "attention")
         statistics = t.new((batch, g.num_attention_heads, length), F32, "attention log-sum-exp")
         flops = 4 * batch * g.num_attention_heads * length * length * g.head_dim // 2
         t.count_matmul(flops, 4 * prod(out.shape) * 2, self.dtype)
         if keep:
             kept |= {**turned, "attention": out, "log-sum-exp": statistics}
-        del turned, statistics
+            kept |= {"mask": mask} if mask is not None else {}
+        del turned, statistics, mask
         residual = self._linear(linears["o"], out)  # the residual is added in place
         del out
         if self.sandwiched:
@@ -118,6 +124,8 @@ class LeanLayers:
 
     def _drop_unread(self, linears: dict[str, Linear], held: dict[str, Tensor]) -> None:
         """A linear's input is read again in backward by its adapter, or its weight's gradient."""
+        if self.sandwiched:  # made again from what the norm after attention is given
+            held.pop("residual", None)
         readers = {"x1": self.qkv, "x2": self.gate_up, "product": ("down",)}
         for name, paths in readers.items():
             trained = any(x.requires_grad for path in paths for x in _leaves(linears[path]))
@@ -141,19 +149,23 @@ class LeanLayers:
         """The linears' backward, last first; the adapters' gradients in the order of the leaves."""
         t = self.t
         found: dict[str, list[Tensor]] = {}
-        inner = self._linear_backward(linears["down"], shape, found, "down")
+        inner: Tensor | None = self._linear_backward(linears["down"], shape, found, "down")
+        held = {} if held is None else held
+        if not self.split:
+            held.pop("product", None)
         # The activation's gradients: one is new, for which gate is given up; one takes up's place.
-        rows = (*shape[:2], sum(linears[name].out_features for name in self.gate_up) // 2)
-        fresh: Tensor | None = self._new(rows, "activation (backward)")
-        if held is not None:
-            held.pop("gate", None)
+        # Of a fused projection there is one.
+        width = linears[self.gate_up[0]].out_features
+        fresh: Tensor | None = self._new((*shape[:2], width), "activation (backward)")
+        held.pop(self.gate_up[0], None)
+        if not self.split:  # else whoever asked for the body's gradients holds it
+            inner = None
         for name in reversed(self.gate_up):
             self._linear_backward(linears[name], shape, found, name)
             fresh = None
         del inner, fresh
-        if held is not None:
-            for name in ("product", *self.gate_up, "x2", "residual", "mlp output"):
-                held.pop(name, None)
+        for name in ("product", *self.gate_up, "x2", "residual", "mlp output"):
+            held.pop(name, None)
         attended = self._linear_backward(linears["o"], shape, found, "o")
         g, (batch, length, _) = self.g, shape
         shapes = [

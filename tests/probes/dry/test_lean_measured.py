@@ -1,5 +1,6 @@
-"""The traced lean stack against every lean step measured on an H200 (results/records): peaks
-allocated within 0.1 %, the smallest cap within 1 % of the measured bracket."""
+"""The traced lean stack against lean steps measured on an H200 (results/records): peaks allocated
+within 0.1 %, the smallest cap within 1 % of the measured bracket. Here are the four kinds of step;
+`python -m probes.dry.accuracy` holds all records."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ from probes.records import Record
 from probes.store import latest, read
 
 RECORDS = Path(__file__).parents[3] / "results/records/nvidia-h200"
-ROWS = [r for r in latest(read(RECORDS)[0]) if r.campaign == "lean" and r.outcome == "ok"]
+# Checkpointed, plain, the head alone, grouped heads without checkpointing.
+KEYS = {"cecf90bf1ca09905", "22f1972b52c1feba", "18b1938b9cf49a2a", "37764fc99f9e6754"}
+ROWS = [r for r in latest(read(RECORDS)[0]) if r.key in KEYS]
 
 
-def test_there_are_records() -> None:
-    assert len(ROWS) >= 12
+def test_the_records_are_there() -> None:
+    assert {row.key for row in ROWS if row.outcome == "ok"} == KEYS
 
 
 @pytest.mark.slow
@@ -36,10 +39,11 @@ def test_lean_peaks_are_those_of_the_card(record: Record) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    "model", ["Qwen/Qwen3-8B", "mistralai/Mistral-7B-v0.3", "microsoft/Phi-3-mini-4k-instruct"]
-)
+    ("model", "checkpointing"),
+    [("Qwen/Qwen3-1.7B", True), ("google/gemma-2-2b", False), ("google/gemma-3-1b-it", True),
+     ("microsoft/Phi-3-mini-4k-instruct", True)],
+)  # fmt: skip
 def test_formulas_of_families_not_measured_are_near_the_trace(
     model: str, checkpointing: bool
 ) -> None:
@@ -51,4 +55,4 @@ def test_formulas_of_families_not_measured_are_near_the_trace(
     })  # fmt: skip
     planned = reserve(run(spec, load_model(model)), 32 * MIB, expandable_segments=True)
     traced = trace(spec).replayed
-    assert planned.peak_allocated_bytes == pytest.approx(traced.peak_allocated_bytes, rel=0.02)
+    assert planned.peak_allocated_bytes == pytest.approx(traced.peak_allocated_bytes, rel=0.005)
