@@ -52,10 +52,10 @@ def run(
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     base = run.answers(tuned=False) if run.prepared.questions else None
-    before, began = len(run.losses), time.perf_counter()
+    began = time.perf_counter()
     losses = run.train()
     seconds = time.perf_counter() - began
-    fresh = max(1, len(losses) - before)
+    fresh = max(1, len(losses) - run.began_at)
     tokens = spec.micro_batch_size * spec.gradient_accumulation_steps * spec.sequence_length
     tuned = run.answers() if run.prepared.questions else None
     judged = judge(output, run.prepared.questions, base, tuned)

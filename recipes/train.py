@@ -76,6 +76,7 @@ class Run:
         layers = len(decoder_layers(self.built.base))
         self._stop_on_errors(check_model(self.built.model, reached_layers(self.built), layers))
         self.losses: list[float] = []
+        self.began_at = 0  # the step that `train` went on from
         self._base_answers: list[Answer] | None = None
 
     @property
@@ -90,11 +91,12 @@ class Run:
         Raises what `TrainingLoop.train` raises."""
         if self._lean is None:
             held_out, steps = self.prepared.held_out, stop_after or self.steps
-            self.losses, _ = train_stock(
+            self.losses, self.began_at = train_stock(
                 self.built, self.spec, self.batches, held_out, self.output, steps, self.say
             )
         else:
             self.losses = self._loop.train(stop_after, self._evaluate)
+            self.began_at = self._loop.began_at
         return self.losses
 
     def held_out_loss(self) -> float:

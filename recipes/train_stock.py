@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,10 @@ class _Samples(Dataset):
 def train_stock(
     built: Built, spec: RunSpec, batches: Batches, held_out: Sequence[Encoded], output: Path,
     steps: int, say: Callable[[str], None],
-) -> tuple[list[float], float]:  # fmt: skip
+) -> tuple[list[float], int]:  # fmt: skip
     """Train to the end, from Trainer's newest checkpoint in `output` where there is one: (the loss
-    of each step, seconds). Padding is right-sided and unmasked, as in the lean stack: a causal
-    model's real positions do not see it."""
+    of each step, the step it went on from). Padding is right-sided and unmasked, as in the lean
+    stack: a causal model's real positions do not see it."""
 
     def collate(samples: list[Encoded]) -> dict[str, Tensor]:
         part = Batches(samples, len(samples), 1, batches.pad_id, 0, batches.pad_to)
@@ -59,14 +58,15 @@ def train_stock(
         **overrides,
     )  # fmt: skip
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    began_at = 0
     if last:
         state = json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
         if state["global_step"] >= steps:  # Trainer would run one more
-            return _losses(state["log_history"]), 0.0
+            return _losses(state["log_history"]), state["global_step"]
+        began_at = state["global_step"]
         say(f"going on from {Path(last).name}")
-    began = time.perf_counter()
     trainer.train(resume_from_checkpoint=last)
-    return _losses(trainer.state.log_history), time.perf_counter() - began
+    return _losses(trainer.state.log_history), began_at
 
 
 def _losses(history: list[dict[str, Any]]) -> list[float]:

@@ -35,6 +35,7 @@ class TrainingLoop:
         self.identity, self.say = identity, say
         self.checkpoints = output / "checkpoints"
         self.losses: list[float] = []
+        self.began_at = 0  # the step that `train` went on from
         self._lines = output / "losses.jsonl"
 
     def train(
@@ -47,6 +48,7 @@ class TrainingLoop:
         cannot be written or trusted. Nothing of an earlier checkpoint is touched by either.
         """
         self._resume()
+        self.began_at = self.step.step_index
         every = self.step.spec.schedule.save_every_steps
         last = min(self.steps, stop_after or self.steps)
         while self.step.step_index < last:

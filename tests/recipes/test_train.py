@@ -133,6 +133,12 @@ def test_another_spec_does_not_take_up_a_folder(made, tmp_path) -> None:
         _run(made, tmp_path, learning_rate=1e-3).train()
 
 
+def test_a_resumed_run_reports_the_pace_of_its_own_steps(made, tmp_path) -> None:
+    _run(made, tmp_path).train(stop_after=4)
+    report = run(_spec(made), tmp_path, device="cpu", weights=made[2])
+    assert report.step_seconds == pytest.approx(report.seconds / (STEPS - 4))
+
+
 def test_the_report_and_its_files(made, tmp_path) -> None:
     report = run(_spec(made), tmp_path, device="cpu", weights=made[2])
     assert report.steps == STEPS
