@@ -21,7 +21,7 @@ from planner.other_tools import (
     refusals,
     tools_table,
 )
-from planner.residuals import Residual, read_measured, residuals
+from planner.residuals import Residual, fresh_capacities, read_measured, residuals
 
 RESULTS = Path(__file__).parents[2] / "results"
 RECORDS = RESULTS / "records"
@@ -99,15 +99,18 @@ def test_int8_is_a_group_with_its_cause(rows: list[Residual]) -> None:
 def test_every_answer_of_a_tool_is_held_against_its_record() -> None:
     answered = [row for row in TOOLS if row.estimate_bytes is not None]
     assert len({row.tool for row in answered}) >= 5
+    fresh = fresh_capacities(RECORDS)
     for row in answered:
         meters, outside = RAW[row.key]["meters"], METERS[row.key].outside_bytes
         capacity = meters.get("capacity") or {}
+        own = (capacity.get("failed_cap_bytes"), capacity.get("passed_cap_bytes"))
+        failed, passed = fresh.get(row.key, own)
         low, high = {
             "weights": (meters["resident_bytes"],) * 2,
             "allocated": (meters["peak_allocated_bytes"],) * 2,
             "device": (
-                (capacity.get("failed_cap_bytes") or meters["peak_allocated_bytes"]) + outside,
-                (capacity.get("passed_cap_bytes") or meters["peak_reserved_bytes"]) + outside,
+                (failed or meters["peak_allocated_bytes"]) + outside,
+                (passed or meters["peak_reserved_bytes"]) + outside,
             ),
         }[row.quantity]
         assert (row.measured_low_bytes, row.measured_bytes) == (low, high)
@@ -174,3 +177,11 @@ def test_another_file_is_refused_as_a_table_of_tools(tmp_path: Path) -> None:
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="is not a table"):
         read_tools(path)
+
+
+def test_a_bracket_of_fresh_processes_stands_before_the_records_own() -> None:
+    fresh = fresh_capacities(RECORDS)
+    assert len(fresh) >= 20
+    for row in read_measured([RECORDS]):
+        if row.key in fresh:
+            assert (row.failed_cap_bytes, row.passed_cap_bytes) == fresh[row.key]
