@@ -59,6 +59,9 @@ def _parser() -> Parser:
     parser.add_argument("--retry", default="", help="outcomes to measure again: crash,timeout")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a probe may take")
     parser.add_argument("--load-timeout", type=float, default=300.0, help="seconds a load may take")
+    parser.add_argument("--share-loads", action="store_true",
+                        help="several shapes a process, twice as fast: allocated bytes are those "
+                             "of a fresh one, reserved ones may differ")  # fmt: skip
     parser.add_argument("--budget-seconds", type=float, help="start no probe after this time")
     parser.add_argument("--snapshots", type=Path,
                         help="a folder for memory snapshots that torch's viewer opens")  # fmt: skip
@@ -94,7 +97,7 @@ def _sweep(
         print(f"warning: {fault}", file=sys.stderr)
     also = tuple(place / folder.name for place in arguments.also)  # other cards' don't count
     ledger = Ledger(folder, also, tuple(filter(None, arguments.retry.split(","))))
-    groups, done = _groups(campaigns, ledger.done())
+    groups, done = _groups(campaigns, ledger.done(), shared=arguments.share_loads)
     left = [point.key for group in groups for point in group.points]
     settings = Settings(
         log=arguments.log or folder / "probes.log",
@@ -117,16 +120,18 @@ def _sweep(
     return 0
 
 
-def _groups(campaigns: list[Campaign], done: set[str]) -> tuple[list[Group], int]:
+def _groups(campaigns: list[Campaign], done: set[str], *, shared: bool) -> tuple[list[Group], int]:
     """(what is left to run, in order; how many points are done). Campaigns that keep their own
-    order come first; the others share loads."""
+    order come first and share loads as they say; of the others each point has a process of its own,
+    unless loads are `shared`."""
     points = list({p.key: p for campaign in campaigns for p in campaign.points}.values())
     known = [p for p in points if p.key in done]
     ordered = {p.key for campaign in campaigns if campaign.in_order for p in campaign.points}
     left = [p for p in points if p.key not in done]
     kept = in_order([p for p in left if p.key in ordered])
     free = arrange([p for p in left if p.key not in ordered], known)
-    parts = split(kept, _LARGEST_GROUP), split(free, _LARGEST_GROUP, fresh_capacity=True)
+    each = _LARGEST_GROUP if shared else 1
+    parts = split(kept, _LARGEST_GROUP), split(free, each, fresh_capacity=True)
     return [*parts[0], *parts[1]], len(known)
 
 
@@ -136,7 +141,7 @@ def _say(text: str) -> None:
 
 def _explain(campaigns: list[Campaign]) -> int:
     """Without a GPU: what would run, why it can't, and what can."""
-    groups, _ = _groups(campaigns, set())
+    groups, _ = _groups(campaigns, set(), shared=False)
     names = ", ".join(campaign.name for campaign in campaigns)
     print(f"would measure {sum(len(g.points) for g in groups)} probes ({names}):")
     for group in groups[:5]:

@@ -95,7 +95,7 @@ def test_sweep_killed_at_random_moments_ends_with_each_probe_once(tmp_path: Path
     arguments = campaign(tmp_path, _FIFTY)
     generator = random.Random(5)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "planner.cli", "probe", *arguments]
+    command = [sys.executable, "-m", "planner.cli", "probe", "--share-loads", *arguments]
     for attempt in range(12):
         sweeps = [
             subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -115,6 +115,17 @@ def test_sweep_killed_at_random_moments_ends_with_each_probe_once(tmp_path: Path
     assert {record.outcome for record in records} == {"ok"}
     shapes = {(r.spec.sequence_length, r.spec.gradient_checkpointing) for r in records}
     assert len(shapes) == 50
+
+
+def test_a_point_has_a_process_of_its_own_unless_loads_are_shared(tmp_path: Path) -> None:
+    found = [read_campaign(campaign(tmp_path, _FIFTY)[0], {})]
+    alone, _ = cli._groups(found, set(), shared=False)
+    shared, _ = cli._groups(found, set(), shared=True)
+    assert {len(group.points) for group in alone} == {1}
+    assert len(alone) == 50 > len(shared)
+    assert sorted(p.key for g in alone for p in g.points) == sorted(
+        p.key for g in shared for p in g.points
+    )
 
 
 def test_without_a_gpu_it_says_what_and_why_and_what_instead(
