@@ -12,7 +12,7 @@ from planner.errors import InputError, Problem, VramwiseError
 from planner.host import HostMemory, HostNeeds, host_memory, largest_parameters
 from planner.interval import Interval, requirement_interval
 from planner.memory.loading import adapter_parameters
-from planner.memory.optimizer import find_optimizer
+from planner.memory.optimizers import find_optimizer
 from planner.memory.program import Program, evaluation_run, load, run
 from planner.memory.requirement import reserve
 from planner.memory.terms import Term, live_terms, static_terms

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from planner.memory.loading import Loading
-from planner.memory.optimizer import find_optimizer
+from planner.memory.optimizers import find_optimizer
 from planner.memory.program import (
     engine_for,
     forward_of,

@@ -4,7 +4,7 @@ Sources: torch/optim (adamw.py, _multi_tensor_adam: one foreach square root of e
 bitsandbytes/optim/optimizer.py (8-bit states above 4,096 elements with an fp32 absmax a block of
 256; paged buffers from 100,000 elements, outside torch's allocator), transformers/optimization.py
 (Adafactor) and trainer.py (embedding tables keep 32-bit states under 8-bit Adam). Those of other
-packages are in planner.memory.packaged and low_rank.
+packages are in planner.memory.packaged and low_rank; planner.memory.optimizers finds each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.dtypes import F32, UINT8, DType
-from planner.errors import UnsupportedError
 from planner.memory.ops import Engine
 from planner.memory.tensor import Tensor
 
@@ -26,18 +25,8 @@ MIN_PAGED_ELEMENTS = 100_000
 BLOCK_ELEMENTS = 256
 
 # name -> states a parameter (each as large as it)
-_TORCH = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
+TORCH = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 _BITSANDBYTES = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}
-
-
-# Names that no CUDA card can run, or that transformers itself cannot make, and why.
-REFUSED = {
-    "adamw_torch_xla": "is torch_xla's syncfree AdamW, which runs on XLA devices, on no CUDA card",
-    "adamw_torch_npu_fused": "is torch_npu's NpuFusedAdamW, which runs on Ascend NPUs, on no CUDA "
-    "card",
-    "galore_adafactor_layerwise": "cannot be made by transformers 5.17 (galore_torch: 'Cannot "
-    "combine manual `lr` and `relative_step=True` options')",
-}
 
 
 class State(NamedTuple):
@@ -67,8 +56,8 @@ class Optimizer:
         """State tensors of a parameter."""
         if self.name == "adafactor":
             return _adafactor_states(leaf)
-        if self.name in _TORCH:
-            states = [State(leaf.shape, leaf.dtype)] * _TORCH[self.name]
+        if self.name in TORCH:
+            states = [State(leaf.shape, leaf.dtype)] * TORCH[self.name]
             return [*states, State((), F32)] if self.name == "adamw_torch_fused" else states
         return bitsandbytes_states(self.name, leaf.shape, is_embedding)
 
@@ -109,21 +98,9 @@ class Optimizer:
                 )
 
 
-def find_optimizer(name: str) -> Optimizer:
-    """The optimizer of that name. UnsupportedError, with the reason, where no card can run it."""
-    if name in _TORCH or name == "adafactor" or _family(name) in _BITSANDBYTES:
-        return Optimizer(name)
-    from planner.memory import low_rank, packaged
-
-    rules = {**packaged.RULES, **low_rank.RULES}
-    if name not in rules:
-        why = REFUSED.get(name, "is not modelled")
-        known = [*_TORCH, "adafactor", *rules]
-        raise UnsupportedError(
-            f"optimizer: {name!r} {why}; allowed: {', '.join(known)} and the bitsandbytes names "
-            "(adamw_8bit, paged_adamw_8bit, lion_8bit, ademamix, rmsprop_bnb, ...)"
-        )
-    return rules[name](name)
+def is_own(name: str) -> bool:
+    """Whether this file has its rules: torch's, transformers' and bitsandbytes' own."""
+    return name in TORCH or name == "adafactor" or _family(name) in _BITSANDBYTES
 
 
 def bitsandbytes_states(

@@ -15,7 +15,8 @@ from planner.errors import InputError, Problem, UnsupportedError
 from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading
 from planner.memory.ops import Engine
-from planner.memory.optimizer import Optimizer, find_optimizer
+from planner.memory.optimizer import Optimizer
+from planner.memory.optimizers import find_optimizer
 from planner.memory.states import StateBytes, state_bytes
 from planner.memory.step import (
     Batch,

@@ -16,7 +16,8 @@ from planner.dtypes import BF16, F32, DType
 from planner.errors import InputError, UnsupportedError
 from planner.estimate import estimate
 from planner.memory.ops import Engine
-from planner.memory.optimizer import REFUSED, Optimizer, find_optimizer
+from planner.memory.optimizer import Optimizer
+from planner.memory.optimizers import REFUSED, find_optimizer
 from planner.memory.program import run
 from planner.memory.states import _state_sizes
 from planner.memory.storage import Recorder
