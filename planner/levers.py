@@ -116,6 +116,8 @@ class _Outline(NamedTuple):
 def _outlines(answer: Estimate) -> list[_Outline]:
     found = []
     for change in changes(answer.spec):
+        if answer.verdict == "fits" and change.effect == DIFFERENT:
+            continue  # what is learned need not change where there is room
         try:
             found.append(_outline(answer, change))
         except VramwiseError:  # not possible for this model or stack: no lever
