@@ -131,6 +131,7 @@ def _on_cuda(x: Any, mode: Any) -> Any:
 def _a_card(target: Target) -> Iterator[None]:
     """What inductor asks about the device and about Triton; the text of kernels is not made."""
     properties = SimpleNamespace(
+        name="", gcnArchName="",  # read where a plain product is lowered, used nowhere
         major=target.major, minor=target.minor, multi_processor_count=target.multiprocessors,
         regs_per_multiprocessor=1 << 16, max_threads_per_multi_processor=2048, warp_size=32,
         max_threads_per_block=1024,
