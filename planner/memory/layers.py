@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from planner.dtypes import BF16, BOOL, F16, F32, INT8, INT32, INT64, DType
 from planner.memory.ops import Engine
-from planner.memory.outliers import outlier_columns
+from planner.memory.outliers import OutlierModel
 from planner.memory.sizes import decide
 from planner.memory.tensor import Tensor
 
@@ -38,7 +38,7 @@ class Linear(NamedTuple):
     double_quant: bool = False
     compute_dtype: DType = BF16
     keeps_input: bool = False  # of 4 bits: bitsandbytes before 0.43.2
-    has_outliers: bool = False  # of 8 bits: see planner.memory.outliers
+    outliers: OutlierModel | None = None  # of 8 bits, where inputs hold any
     adapter: Adapter | None = None
 
 
@@ -186,7 +186,10 @@ def _matmul_int8(t: Engine, state: Linear, x: Tensor) -> Tensor:
     rows, shape, dtype = prod(x.shape[:-1]), x.shape, x.dtype
     n, k = state.out_features, state.in_features
     flops, item = 2 * rows * n * k, dtype.itemsize
-    count = outlier_columns(state.name, k, n, rows) if state.has_outliers else 0
+    count: Any = 0
+    if state.outliers is not None:
+        batch, length = shape[:-1] if len(shape) == 3 else (1, rows)
+        count = state.outliers.columns(state.name, k, n, batch, length)
     half = t.to(x.detach(), F16, "to (int8 quantisation)")
     row_stats = t.new((rows,), F32, "int8 row stats")
     quantized = t.new((rows, k), INT8, "int8 quantised input")

@@ -9,6 +9,7 @@ from typing import Any
 
 from planner.dtypes import F32, DType
 from planner.memory.layers import Adapter, Linear
+from planner.memory.outliers import OutlierModel
 from planner.memory.tensor import Tensor
 from planner.models.tree import ModelTree, Module
 from planner.spec import RunSpec
@@ -24,7 +25,8 @@ class Loaded:
     adapted: the paths with LoRA; trained: modules of the tree that are trained whole (an
     adapter of the model's own, LLaMA-Adapter's prompts); own_step: this project's recipe builds
     and runs the model, without k-bit preparation, 4-bit linears in the spec's precision;
-    masked_labels: positions of a sample that are images and have no label.
+    masked_labels: positions of a sample that are images and have no label; outliers: of 8 bits,
+    how many input columns hold any.
     `leaves` keeps one leaf per parameter, so that gradients accumulate where torch's do.
     """
 
@@ -36,6 +38,7 @@ class Loaded:
     trained: frozenset[str] = frozenset()
     own_step: bool = False
     masked_labels: int = 0
+    outliers: OutlierModel | None = None
     leaves: dict[str, Any] = field(default_factory=dict)
     _linears: dict[str, Linear] = field(default_factory=dict)
 
@@ -134,7 +137,7 @@ class Loaded:
             if self.own_step
             else compute_dtype(self.spec),
             keeps_input=keeps_4bit_inputs(self.spec),
-            has_outliers=self.spec.int8_outliers == "many",
+            outliers=self.outliers,
             adapter=self._adapter(module) if module.path in self.adapted else None,
         )
 

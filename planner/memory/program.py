@@ -17,6 +17,7 @@ from planner.memory.loading import Loading
 from planner.memory.ops import Engine
 from planner.memory.optimizer import Optimizer
 from planner.memory.optimizers import find_optimizer
+from planner.memory.outliers import outlier_model
 from planner.memory.states import StateBytes, state_bytes
 from planner.memory.step import (
     Batch,
@@ -91,7 +92,9 @@ def load(spec: RunSpec, model: Model) -> Loaded:
     if spec.images_per_sample:
         masked = model.family.image_features(model.geometry, spec.image_size)
     masked *= spec.images_per_sample
-    return Loaded(spec, model.tree, adapted, masked_labels=masked)
+    return Loaded(
+        spec, model.tree, adapted, masked_labels=masked, outliers=outlier_model(spec, model.text)
+    )
 
 
 @lru_cache(maxsize=16)

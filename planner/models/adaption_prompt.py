@@ -17,6 +17,7 @@ from planner.memory import layers as nn
 from planner.memory.eager_attention import matmul, softmax
 from planner.memory.loaded import Loaded
 from planner.memory.ops import Engine
+from planner.memory.outliers import outlier_model
 from planner.memory.tensor import Tensor
 from planner.memory.work import grad_bytes
 from planner.models.decoder import DecoderGeometry
@@ -47,7 +48,8 @@ def load(spec: RunSpec, model: Model) -> Loaded:
                     f"at most {layers}")
         )  # fmt: skip
     tree, paths = _with_prompts(model.tree, model.text, spec.adaption_prompt)
-    return Loaded(spec, tree, frozenset(), trained=paths)
+    outliers = outlier_model(spec, model.text)
+    return Loaded(spec, tree, frozenset(), trained=paths, outliers=outliers)
 
 
 @lru_cache(maxsize=8)

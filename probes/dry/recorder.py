@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from planner.memory.outliers import OutlierModel
 from probes.dry import engine, standins, values
 from probes.dry.events import Category, Event, Phase
 from probes.dry.scope import Scope
@@ -47,7 +48,8 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, tuple[int, Event, Any]] = {}
         self.paged_bytes = 0
         self.autocast_dtype: torch.dtype | None = None  # of the region that runs
-        self.int8_outliers = "many"  # the spec's
+        self.outliers: OutlierModel | None = None  # of 8 bits, where inputs hold any
+        self.sequence_length = 1
         self.work = Counter()
         self._count = 0
         self._handles: set[tuple[str, str]] = set()

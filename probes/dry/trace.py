@@ -6,8 +6,9 @@ import copy
 import time
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from planner.memory.outliers import OutlierModel
 from planner.spec import RunSpec
 from probes.dry import model as models
 from probes.dry.attribution import categorise
@@ -42,11 +43,11 @@ def trace(
     config = models.shortened(config, layers)
     scope = Scope()
     recorder = Recorder(scope)
-    recorder.int8_outliers = spec.int8_outliers
     recorder.target = target or Target()
     semantics = CudaSemantics(recorder)
     with flash_view():
         base = models.build(spec, config, own.cls if own else None)
+    recorder.outliers, recorder.sequence_length = _outliers(spec, base), spec.sequence_length
     if own is not None and own.note:
         recorder.note_unknown(own.note)
     batches = Batches(spec, config, base)
@@ -116,3 +117,16 @@ def _evaluate(batches: Batches, step: StockStep | LeanRun) -> list[Event]:
             step.recorder.track(tensor, "input batch")
     step.evaluate(batch)
     return step.recorder.take()
+
+
+def _outliers(spec: RunSpec, base: PreTrainedModel) -> OutlierModel | None:
+    """The decoder's numbers, of any config that has them."""
+    text = base.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    layers = getattr(text, "num_hidden_layers", None)
+    if spec.quantization != "int8" or spec.int8_outliers == "few" or not (heads and layers):
+        return None
+    width = text.hidden_size
+    queries = heads * (getattr(text, "head_dim", None) or width // heads)
+    normed = any(path.endswith("q_norm") for path, _ in base.named_modules())
+    return OutlierModel(width, queries, layers, normed)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from planner.memory import outliers
 from probes.dry.standins import stands_for
 
 
@@ -74,11 +73,12 @@ def mixed_scaled_mm(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any
 def outlier_columns(recorder: Any, A: torch.Tensor, weights: torch.Tensor) -> int:
     """How many columns of A (rows, K) hold a value past the threshold: what the planner expects of
     random weights (N, K), or none where the spec says few."""
-    if recorder.int8_outliers == "few":
+    if recorder.outliers is None:
         return 0
     path = recorder.scope.module("forward").removesuffix(".base_layer")
-    rows = A.numel() // A.shape[-1]
-    return int(outliers.outlier_columns(path, A.shape[-1], weights.shape[0], rows))
+    rows, length = A.numel() // A.shape[-1], recorder.sequence_length
+    batch = rows // length if rows % length == 0 else 1
+    return int(recorder.outliers.columns(path, A.shape[-1], weights.shape[0], batch, rows // batch))
 
 
 @stands_for("bitsandbytes::int8_scaled_mm")
