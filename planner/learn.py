@@ -66,7 +66,7 @@ def learn(device_name: str, rows: Sequence[Residual]) -> Calibration:
 
 def fit_rates(timed: Sequence[Timed]) -> Rates:
     """The rates with the smallest mean relative error, one after another by grids that close in; a
-    rate that no record depends on stays where it starts. Then the ranges that cover 95 in 100.
+    rate that no record depends on stays where it starts. Then the ranges that cover all of them.
     """
     starts = {name: start for name, (start, _, _) in _RATES.items()}
     rates = Rates(**starts, gpu_range=(1.0, 1.0), host_range=(1.0, 1.0))
@@ -106,15 +106,14 @@ def _with_ranges(rates: Rates, timed: Sequence[Timed]) -> Rates:
             for row in timed
             if _seconds(rates, row.load)[1] == by_host
         )
-        ranges[by_host] = _middle(ratios) if ratios else _UNKNOWN_RANGE
+        ranges[by_host] = _ends(ratios) if ratios else _UNKNOWN_RANGE
     rounded = {name: float(f"{getattr(rates, name):.4g}") for name in _RATES}
     return Rates(**rounded, gpu_range=ranges[False], host_range=ranges[True])
 
 
-def _middle(ratios: Sequence[float]) -> tuple[float, float]:
-    """The ends of the middle 95 in 100; 1 is always inside."""
-    cut = int(0.025 * len(ratios))
-    return round(min(1.0, ratios[cut]), 3), round(max(1.0, ratios[-1 - cut]), 3)
+def _ends(ratios: Sequence[float]) -> tuple[float, float]:
+    """The least and the most, and 1 inside: hosts differ, and an interval is to hold on each."""
+    return round(min(1.0, ratios[0]), 3), round(max(1.0, ratios[-1]), 3)
 
 
 def bands(rows: Iterable[Residual]) -> dict[str, Band]:
