@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -37,6 +37,19 @@ def adapt_lean(base: PreTrainedModel, spec: RunSpec) -> torch.nn.Module:
         return get_peft_model(base, lora_config(spec))
 
 
+def _compiler(recorder: Recorder) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What stands for torch.compile: inductor itself, or nothing where this torch's has other names
+    inside."""
+    try:
+        from probes.dry.compiled import Compiler  # loads inductor: only where something compiles
+    except ImportError as error:
+        recorder.note_unknown(
+            f"layers traced uncompiled, they may hold more between kernels: {error}"
+        )
+        return lambda function: function
+    return Compiler(recorder)
+
+
 class LeanRun:
     """`recipes.lean.LeanStep` under a recorder; `run` is one optimizer step."""
 
@@ -46,9 +59,7 @@ class LeanRun:
     ) -> None:  # fmt: skip
         self.spec, self.batches, self.recorder, self.semantics = spec, batches, recorder, semantics
         self._open: list[ExitStack] = []
-        from probes.dry.compiled import Compiler  # loads inductor: only where something compiles
-
-        self._compiler = Compiler(recorder)
+        self._compiler = _compiler(recorder)
         built = Built(model, base, config, spec, torch.device("meta"))
         with self._as_on_cuda():
             self.step = LeanStep(

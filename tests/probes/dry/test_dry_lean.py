@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import Any
 
@@ -49,6 +50,15 @@ def test_a_layer_that_cannot_be_compiled_is_traced_uncompiled_and_named(
     assert any("no such kernel" in n for n in plain.unknown_operations)
     saved = [_saved_between(t) for t in (compiled, plain)]
     assert saved[0] < saved[1]
+
+
+@pytest.mark.slow
+def test_a_torch_whose_compiler_has_other_names_is_told(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "probes.dry.compiled", None)
+    traced = _lean(llama)
+    assert any("layers traced uncompiled" in name for name in traced.unknown_operations)
 
 
 def _saved_between(traced: Trace) -> int:
