@@ -26,7 +26,7 @@ class Rates(NamedTuple):
     operators; hook_s: host time a tensor that a checkpointed region saves, three calls of Python;
     search_flops: fp32 operations, at peak, that an element of an 8-bit optimizer state is worth
     (bitsandbytes searches its code in a table). gpu_range, host_range: measured over predicted
-    seconds, from the least to the most of the fitted records that the one or the other bounds.
+    seconds, from the least to the most of the records that the one or the other bounds.
     """
 
     matmul_share: float

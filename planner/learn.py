@@ -1,7 +1,7 @@
 """Learning a device from records: speeds fitted to two thirds, and judged on the held-out third.
 
 The bands of the requirement are read off every record: no byte of the memory model is fitted to any
-of them, so each is held out from it.
+of them, so each is held out from it. So are the ranges of seconds, which say how far hosts differ.
 """
 
 from __future__ import annotations
@@ -48,13 +48,16 @@ def learn(device_name: str, rows: Sequence[Residual]) -> Calibration:
     if len(fitted) < 6 or len(held_out) < 3:
         found = f"{len(fitted)} to learn from, {len(held_out)} held out"
         raise InputError(Problem("records", "are too few", found, "at least 6 and 3"))
-    timed = [
-        Timed(load_of(row.measured.spec, device, _work(row)), row.measured.step_s) for row in fitted
-    ]
+    timed = {
+        row.measured.key: Timed(load_of(row.measured.spec, device, _work(row)), row.measured.step_s)
+        for row in rows
+    }
     spec = rows[0].measured.spec
     return Calibration(
         device=device.id,
-        rates=fit_rates(timed),
+        rates=with_ranges(
+            fit_rates([timed[row.measured.key] for row in fitted]), list(timed.values())
+        ),
         bands=bands(rows),
         model_types=tuple(
             sorted({covered_name(row.measured.spec.stack, _model_type(row)) for row in rows})
@@ -66,7 +69,7 @@ def learn(device_name: str, rows: Sequence[Residual]) -> Calibration:
 
 def fit_rates(timed: Sequence[Timed]) -> Rates:
     """The rates with the smallest mean relative error, one after another by grids that close in; a
-    rate that no record depends on stays where it starts. Then the ranges that cover all of them.
+    rate that no record depends on stays where it starts. The ranges are those of these records.
     """
     starts = {name: start for name, (start, _, _) in _RATES.items()}
     rates = Rates(**starts, gpu_range=(1.0, 1.0), host_range=(1.0, 1.0))
@@ -82,7 +85,7 @@ def fit_rates(timed: Sequence[Timed]) -> Rates:
                 if error < least:
                     least, rates = error, tried
         span *= _NARROWING
-    return _with_ranges(rates, timed)
+    return with_ranges(rates, timed)
 
 
 def _mean_error(rates: Rates, timed: Sequence[Timed]) -> float:
@@ -98,7 +101,8 @@ def _error(rates: Rates, row: Timed) -> float:
     return _seconds(rates, row.load)[0] / row.seconds - 1
 
 
-def _with_ranges(rates: Rates, timed: Sequence[Timed]) -> Rates:
+def with_ranges(rates: Rates, timed: Sequence[Timed]) -> Rates:
+    """The rates with ranges that cover all of `timed`."""
     ranges = {}
     for by_host in (False, True):
         ratios = sorted(
