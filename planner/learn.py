@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import ceil, exp, floor
 from statistics import median
 
 from planner.calibration import Band, Calibration, Rates, band_key, covered_name
@@ -117,7 +117,8 @@ def with_ranges(rates: Rates, timed: Sequence[Timed]) -> Rates:
 
 def _ends(ratios: Sequence[float]) -> tuple[float, float]:
     """The least and the most, and 1 inside: hosts differ, and an interval is to hold on each."""
-    return round(min(1.0, ratios[0]), 3), round(max(1.0, ratios[-1]), 3)
+    low, high = min(1.0, ratios[0]), max(1.0, ratios[-1])
+    return floor(1000 * low) / 1000, ceil(1000 * high) / 1000
 
 
 def bands(rows: Iterable[Residual]) -> dict[str, Band]:

@@ -185,3 +185,11 @@ def test_a_bracket_of_fresh_processes_stands_before_the_records_own() -> None:
     for row in read_measured([RECORDS]):
         if row.key in fresh:
             assert (row.failed_cap_bytes, row.passed_cap_bytes) == fresh[row.key]
+
+
+def test_every_measured_step_lies_in_its_stated_interval() -> None:
+    """Hosts differ, and the ranges are those of all records: an interval is to hold on each."""
+    rows, _ = residuals(read_measured([RECORDS]))
+    for row in rows:
+        fastest, slowest = row.predicted.step_seconds_interval
+        assert fastest <= row.measured.step_s <= slowest, row.measured.key
