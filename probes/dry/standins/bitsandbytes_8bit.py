@@ -105,4 +105,7 @@ def _scaled_mm(
 
 @stands_for("bitsandbytes::optimizer_update_8bit_blockwise", "bitsandbytes::optimizer_update_32bit")
 def optimizer_update(recorder: Any, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """In place, without buffers."""
+    """In place, without buffers; 8-bit states are searched element by element."""
+    recorder.work.optimizer.quantized += sum(
+        x.numel() for x in args if isinstance(x, torch.Tensor) and x.dtype is torch.uint8
+    )

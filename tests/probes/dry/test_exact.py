@@ -72,6 +72,15 @@ def test_traced_work_is_the_planners(llama: Any, tmp_path: Path, checkpointed: b
     assert traced.flops_16bit == modelled.flops_16bit
     assert traced.launches == pytest.approx(modelled.launches, rel=0.08)
     assert traced.traffic_bytes == pytest.approx(modelled.traffic_bytes, rel=0.2)
+    assert traced.hooks == pytest.approx(modelled.hooks, rel=0.08)
+    assert bool(traced.hooks) is checkpointed
+
+
+def test_searched_elements_of_8bit_states_are_the_planners(llama: Any, tmp_path: Path) -> None:
+    llama.to_json_file(tmp_path / "config.json")
+    spec = make_spec(model=str(tmp_path), optimizer="adamw_8bit", lora={"rank": 64})
+    traced, modelled = trace(spec).work, run(spec, load_model(spec.model)).work
+    assert traced.optimizer.quantized == modelled.optimizer.quantized > 0
 
 
 def test_the_card_decides_the_workspaces(llama: Any, tmp_path: Path, capsys: Any) -> None:
