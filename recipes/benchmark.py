@@ -202,12 +202,11 @@ def _line(row: dict[str, Any]) -> str:
         return f"{row['stack']}: {row['name']}: {row['outcome']}"
     if "options_s" in row:
         took = {name: format_seconds(row[name]) for name in
-                ("options_s", "compiled_s", "generate_s", "generate_lean_s")}  # fmt: skip
+                ("options_s", "generate_s", "generate_lean_s")}  # fmt: skip
         return (
-            f"{row['name']}: option scoring {took['options_s']} (with generated kernels "
-            f"{took['compiled_s']}); one token from 5 beams, on the model as the seed prepares it "
-            f"{took['generate_s']}: {row['times_faster']:.1f} times "
-            f"({row['times_faster_compiled']:.1f}); on the model that was scored "
+            f"{row['name']}: option scoring {took['options_s']}; one token from 5 beams, on the "
+            f"model as the seed prepares it {took['generate_s']}: {row['times_faster']:.1f} times; "
+            f"on the model that was scored "
             f"{took['generate_lean_s']}: {row['times_faster_same_model']:.1f} times"
         )
     if "kernel_error" in row:

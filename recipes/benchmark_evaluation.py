@@ -18,10 +18,10 @@ from recipes.evaluation.scoring import Prompt, generate_answers, score_options
 
 
 def evaluation_row(values: dict[str, Any], questions: int = 100) -> dict[str, Any]:
-    """Seconds for `questions` four-choice questions by option scoring (and with generated kernels),
-    and by the seed's way: on the model as the seed prepares it (stack "stock"), and on the very
-    model that was scored. Each is warm: scoring has seen every shape, generation its first
-    questions. Random token ids; lengths drawn evenly from `values["tokens"]`, after a prefix of 40.
+    """Seconds for `questions` four-choice questions by option scoring, and by the seed's way: on
+    the model as the seed prepares it (stack "stock"), and on the very model that was scored. Each
+    is warm: scoring has seen every shape, generation its first questions. Random token ids; lengths
+    drawn evenly from `values["tokens"]`, after a prefix of 40.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     draw = torch.Generator().manual_seed(0)
@@ -41,7 +41,6 @@ def evaluation_row(values: dict[str, Any], questions: int = 100) -> dict[str, An
         ways = {"generate": partial(generate_answers, base, None, prefix, prompts)}
         if stack_name == "lean":
             ways["options"] = score
-            ways["compiled"] = partial(score, compile_layers=True)
         for warm in (way for name, way in ways.items() if name != "generate"):
             warm()
         generate_answers(base, None, prefix, prompts[:10])
@@ -54,10 +53,9 @@ def evaluation_row(values: dict[str, Any], questions: int = 100) -> dict[str, An
     generate = {stack: took[f"{stack} generate"] for stack in ("lean", "stock")}
     return {
         "name": values["name"], "questions": questions, "tokens": sum(lengths),
-        "options_s": took["lean options"], "compiled_s": took["lean compiled"],
+        "options_s": took["lean options"],
         "generate_s": generate["stock"],
         "times_faster": generate["stock"] / took["lean options"],
-        "times_faster_compiled": generate["stock"] / took["lean compiled"],
         "generate_lean_s": generate["lean"],
         "times_faster_same_model": generate["lean"] / took["lean options"],
         "seconds": seconds,

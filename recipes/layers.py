@@ -23,7 +23,7 @@ from recipes.adapters import linear_backward
 
 # Layers whose forward is: norm, attention, add, norm, MLP (gate, up, down), add. Read in
 # transformers 5.17's modelling files; anything else is recomputed whole.
-_SPLIT = {
+PLAIN_LAYERS = {
     "ChameleonDecoderLayer", "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer",
     "Qwen3DecoderLayer",
 }  # fmt: skip
@@ -68,7 +68,7 @@ def prepare_layers(base: PreTrainedModel, options: LayerOptions) -> None:
     whole, body = compiled(_whole), compiled(_body)
     for layer in decoder_layers(base):
         original = layer.forward
-        split = options.split and type(layer).__name__ in _SPLIT and _down_is_fused(layer)
+        split = options.split and type(layer).__name__ in PLAIN_LAYERS and _down_is_fused(layer)
         layer.forward = partial(_forward, layer, original, whole, body, options.checkpoint, split)
 
 
@@ -93,7 +93,12 @@ def _forward(
                            hidden_states, trained)  # fmt: skip
     else:
         out = _Recomputed.apply(run, hidden_states, trained)
-    return (out,) if type(layer).__name__.startswith("Chameleon") else out
+    return as_returned(layer, out)
+
+
+def as_returned(layer: nn.Module, hidden: Tensor) -> Any:
+    """A layer's hidden states in the form its model expects: Chameleon's, in a tuple."""
+    return (hidden,) if type(layer).__name__.startswith("Chameleon") else hidden
 
 
 def _whole(layer: nn.Module, hidden: Tensor, **kwargs: Any) -> Tensor:

@@ -35,7 +35,7 @@ class LeanLayers:
         self.qkv: tuple[str, ...] = ("qkv",) if fused else ("q", "k", "v")
         self.gate_up: tuple[str, ...] = ("gate_up",) if fused else ("gate", "up")
         self.sandwiched = geometry.sandwich_norms  # norms after attention and MLP keep their inputs
-        self.split = not (fused or self.sandwiched)  # recipes.layers._SPLIT
+        self.split = not (fused or self.sandwiched)  # recipes.layers.PLAIN_LAYERS
         self.dtype = DType(loaded.spec.weights_dtype)
 
     def layer(self, prefix: str, hidden: Tensor, masked: bool) -> Tensor:

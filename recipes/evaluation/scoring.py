@@ -18,13 +18,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from planner.errors import UnsupportedError
-from recipes.evaluation.packed import can_pack, compiled_layers, pack, packed_attention
+from recipes.evaluation.packed import can_pack, pack, packed_attention
 from recipes.evaluation.questions import LETTERS
 from recipes.loss import head_of
 
-# Generated kernels take some ten seconds to make and save one in 250,000 tokens, at 7B on an H200
-# (results/tables/benchmark.md: 614 ms against 541 ms for 17,986 tokens).
-_COMPILE_TOKENS = 2_500_000
+_MOST_AT_ONCE = 32_768  # tokens of a forward: a busy card gains nothing from more
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,31 +67,27 @@ def score_options(
     prompts: Sequence[Prompt],
     letters: Sequence[int],
     *,
-    tokens_at_once: int = 16_384,
-    compile_layers: bool | None = None,
+    tokens_at_once: int | None = None,
 ) -> list[Answer]:
     """Answers by the largest of the letters' log-probabilities, in the order of `prompts`.
 
     prefix: ids shared by all, may be empty; letters: one id an option. At most `tokens_at_once`
-    tokens run in one forward: more only takes memory, once the card is busy. The model must be in
-    eval mode. compile_layers: None is where so many tokens repay it, on CUDA.
+    tokens run in one forward; None is what half of the free memory holds. The model must be in eval
+    mode.
     """
     longest = len(prefix) + max((len(prompt.ids) for prompt in prompts), default=0)
     packs = can_pack(base, longest)
-    if compile_layers is None:
-        tokens = sum(len(prompt.ids) for prompt in prompts)
-        compile_layers = packs and tokens >= _COMPILE_TOKENS and torch.cuda.is_available()
     state = (_packed_states if packs else _padded_states)(base, prefix)
     answers: list[Answer | None] = [None] * len(prompts)
-    with compiled_layers(base, compile_layers):
-        for places in _groups(prompts, tokens_at_once, padded=not packs):
-            began = time.perf_counter()
-            rows = [prompts[place].ids for place in places]
-            scores = _log_probabilities(base, state(rows), letters).cpu()
-            seconds = (time.perf_counter() - began) / len(places)
-            for place, row in zip(places, scores.tolist(), strict=True):
-                best = max(range(len(row)), key=row.__getitem__)
-                answers[place] = Answer(LETTERS[best], best, tuple(row), seconds)
+    at_once = _tokens_that_fit(base) if tokens_at_once is None else tokens_at_once
+    for places in _groups(prompts, at_once, padded=not packs):
+        began = time.perf_counter()
+        rows = [prompts[place].ids for place in places]
+        scores = _log_probabilities(base, state(rows), letters).cpu()
+        seconds = (time.perf_counter() - began) / len(places)
+        for place, row in zip(places, scores.tolist(), strict=True):
+            best = max(range(len(row)), key=row.__getitem__)
+            answers[place] = Answer(LETTERS[best], best, tuple(row), seconds)
     return [answer for answer in answers if answer is not None]
 
 
@@ -139,7 +133,7 @@ def _packed_states(base: Any, prefix: Sequence[int]) -> States:
             hidden = base.model(
                 input_ids=packed.ids, position_ids=packed.positions, use_cache=False
             ).last_hidden_state
-        return hidden[0, packed.ends]
+        return hidden[0] if hidden.shape[1] == len(rows) else hidden[0, packed.ends]
 
     return states
 
@@ -173,6 +167,21 @@ def _prefix_cache(base: Any, prefix: Sequence[int], device: torch.device) -> Dyn
     ids = torch.tensor([list(prefix)], device=device)
     base.model(input_ids=ids, past_key_values=cache, use_cache=True)
     return cache
+
+
+def _tokens_that_fit(base: Any) -> int:
+    """Tokens of a forward that half of the card's free memory holds, at most _MOST_AT_ONCE."""
+    device = base.get_input_embeddings().weight.device
+    if device.type != "cuda":
+        return _MOST_AT_ONCE
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    config = base.config.get_text_config()
+    # An MLP's three wide tensors, and what stands beside them or in attention at the width of
+    # the stream: residual, input, query, key, value, both again with the prefix, what was attended.
+    values = 3 * config.intermediate_size + 10 * config.hidden_size
+    fit = free // 2 // (values * base.dtype.itemsize)
+    return max(1024, min(_MOST_AT_ONCE, fit))
 
 
 def _groups(prompts: Sequence[Prompt], tokens_at_once: int, *, padded: bool) -> Iterator[list[int]]:

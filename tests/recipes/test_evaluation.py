@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recipes.build import build
-from recipes.evaluation import scoring
+from recipes.evaluation import packed, scoring
 from recipes.evaluation.packed import can_pack, pack, packed_attention
 from recipes.evaluation.questions import Question, prompt_of, stratified
 from recipes.evaluation.results import (
@@ -20,7 +20,9 @@ from recipes.evaluation.results import (
 )
 from recipes.evaluation.scoring import Answer, Prompt, generate_answers, score_options
 from recipes.evaluation.statistics import above_chance, mcnemar_exact, wilson_interval
-from tests.recipes.tiny import tiny_chameleon, tiny_llama, tiny_spec
+from recipes.layers import decoder_layers
+from recipes.lean import LeanStep
+from tests.recipes.tiny import tiny_chameleon, tiny_llama, tiny_qwen3, tiny_spec
 
 LETTER_IDS = [210, 211, 212, 213]
 
@@ -38,13 +40,15 @@ def _prompts(count: int, low: int = 101, high: int = 300) -> list[Prompt]:
     ]
 
 
-@pytest.mark.parametrize("maker", [tiny_chameleon, tiny_llama])
+@pytest.mark.parametrize("maker", [tiny_chameleon, tiny_llama, tiny_qwen3])
 @pytest.mark.parametrize("prefix", [(), (150, 151, 152, 153)])
-@pytest.mark.parametrize("at_once", [1, 64, 10_000])
-@pytest.mark.parametrize("packed", [True, False])
-def test_scores_equal_each_prompts_own_forward(maker, prefix, at_once, packed, monkeypatch) -> None:
-    if not packed:  # as for a model with a soft cap in its attention
+@pytest.mark.parametrize("at_once", [1, 64, None])
+@pytest.mark.parametrize("way", ["packed", "packed through the interface", "padded"])
+def test_scores_equal_each_prompts_own_forward(maker, prefix, at_once, way, monkeypatch) -> None:
+    if way == "padded":  # as for a model with a soft cap in its attention
         monkeypatch.setattr(scoring, "can_pack", lambda base, longest: False)
+    if way == "packed through the interface":  # as for layers of another layout
+        monkeypatch.setattr(packed, "is_known", lambda layer: False)
     model, prompts = _model(maker), _prompts(9)
     answers = score_options(model, prefix, prompts, LETTER_IDS, tokens_at_once=at_once)
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -63,15 +67,6 @@ def test_packed_questions_do_not_see_each_other_under_grouped_heads() -> None:
         assert a.log_probabilities == pytest.approx(b.log_probabilities, abs=1e-4)
 
 
-def test_compiled_layers_score_alike_and_are_taken_back() -> None:
-    model, prompts = _model(tiny_chameleon), _prompts(6)
-    plain = score_options(model, (150, 151), prompts, LETTER_IDS)
-    compiled = score_options(model, (150, 151), prompts, LETTER_IDS, compile_layers=True)
-    for a, b in zip(plain, compiled, strict=True):
-        assert a.log_probabilities == pytest.approx(b.log_probabilities, abs=1e-4)
-    assert all("forward" not in layer.__dict__ for layer in model.model.layers)
-
-
 def test_only_plain_attention_is_packed() -> None:
     model = _model(tiny_llama)
     assert can_pack(model, 1000)
@@ -84,9 +79,24 @@ def test_only_plain_attention_is_packed() -> None:
 
 def test_a_layer_outside_the_attention_interface_is_told() -> None:
     model = _model(tiny_llama)
-    packed = pack((), [(1, 2, 3)], {}, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="0 of 2 layers"), packed_attention(model, packed):
+    few = pack((), [(1, 2, 3)], {}, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="0 of 2 layers"), packed_attention(model, few):
         pass
+
+
+def test_layers_have_their_own_forward_again() -> None:
+    """Plain ones, and ones that the lean step has replaced, adapters trained."""
+    spec = tiny_spec(stack="lean")
+    built = build(spec, config=tiny_chameleon(), device="cpu", seed=1)
+    prompts = _prompts(4)
+    before = score_options(built.base.eval(), (150,), prompts, LETTER_IDS)
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(built.base))
+    step = LeanStep(built, spec)
+    replaced = [layer.forward for layer in decoder_layers(built.base)]
+    after = score_options(built.base.eval(), (150,), prompts, LETTER_IDS)
+    assert [layer.forward for layer in decoder_layers(step.base)] == replaced
+    for a, b in zip(before, after, strict=True):
+        assert a.log_probabilities == pytest.approx(b.log_probabilities, abs=1e-4)
 
 
 def test_scoring_agrees_with_greedy_generation_where_that_gives_a_letter() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import ChameleonConfig, LlamaConfig, PretrainedConfig
+from transformers import ChameleonConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from planner.spec import RunSpec, spec_from_mapping
 from recipes.models import chameleon_vocabulary_map
@@ -35,6 +35,16 @@ def tiny_llama(**overrides: Any) -> PretrainedConfig:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
     }  # fmt: skip
     return LlamaConfig(**{**values, **overrides})
+
+
+def tiny_qwen3(**overrides: Any) -> PretrainedConfig:
+    """The same with queries and keys normed by head, heads wider than their share, tied ends."""
+    values: dict[str, Any] = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "max_position_embeddings": 128, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return Qwen3Config(**{**values, **overrides})
 
 
 def tiny_spec(**overrides: Any) -> RunSpec:
