@@ -122,24 +122,6 @@ def run(case: Case) -> dict[str, Any]:
     return _row(case, built, meter, build_s, resident, losses, began)
 
 
-def kernel_error() -> float:
-    """Largest difference of the Triton kernels from torch, as a share of the largest value."""
-    from recipes import kernels
-    from recipes.dropout import keep_mask
-
-    seed = torch.tensor(-12345, dtype=torch.int32, device="cuda")
-    shapes = ((2048, 4096), (16, 4096), (2048, 16), (2048, 4096))
-    x, a, du, dx = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
-    masked = x.float() * keep_mask(x.shape, seed, 0.05) / 0.95
-    branch = (du.float() @ a.float()) * keep_mask(x.shape, seed, 0.05) / 0.95
-    pairs = (
-        (kernels.up(x, a, seed, 0.05), masked @ a.float().t()),
-        (kernels.down_gradient(du, x, seed, 0.05), du.float().t() @ masked),
-        (kernels.add_branch(dx.clone(), du, a, seed, 0.05), dx.float() + branch),
-    )
-    return max(float((got - want).abs().max() / want.abs().max()) for got, want in pairs)
-
-
 def matrix_rate_flops(size: int = 8192) -> float:
     """FLOP/s of a bf16 matrix product (size cubed) on random data: the card's practical ceiling."""
     a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
@@ -241,7 +223,10 @@ def main() -> None:
         row = {"name": "matrix rate", "flops_per_s": matrix_rate_flops(),
                "device": torch.cuda.get_device_name(0), "torch": torch.__version__}  # fmt: skip
     elif values.get("name") == "kernel check":
-        row = {"name": "kernel check", "kernel_error": kernel_error()}
+        from recipes.kernel_check import kernel_errors
+
+        errors = kernel_errors(torch.device("cuda"), torch.bfloat16)
+        row = {"name": "kernel check", "kernel_error": max(errors.values()), "errors": errors}
     else:
         row = run(Case(**values))
     out(json.dumps(row))
