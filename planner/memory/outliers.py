@@ -8,8 +8,7 @@ holds some thousand tokens: the most that a run can keep, short of weights that 
 
 Their number follows from the distribution of a random network, in which every hidden feature is
 normal: how often the product of gate and up passes 6, and how alike the tokens of a sample are
-(averaging attention makes them so), since like tokens have their outliers in the same columns. The
-gate is taken to be silu, for Gemma's gelu as well, which was not measured in 8 bits.
+(averaging attention makes them so), since like tokens have their outliers in the same columns.
 """
 
 # Annotations stay objects here: named tuples would compile each string at import.
@@ -28,13 +27,17 @@ _CURVE = 16  # points of the curve of a layer's likeness
 
 
 class OutlierModel(NamedTuple):
-    """A decoder's numbers: hidden features D, features of all query heads together, layers, and
-    whether queries and keys are normed."""
+    """A decoder's numbers: hidden features D, features of all query heads together, layers, whether
+    queries and keys are normed; gelu: the gate's activation, else silu; scaled_embedding: by
+    sqrt(D); sandwich: what attention and the MLP give is normed before it is added."""
 
     hidden: int
     query_features: int
     layers: int
     qk_norm: bool
+    gelu: bool = False
+    scaled_embedding: bool = False
+    sandwich: bool = False
 
     def columns(
         self, path: str, in_features: int, out_features: int, batch: Any, length: Any
@@ -46,7 +49,7 @@ class OutlierModel(NamedTuple):
             return 0
         own = self
         if out_features != self.hidden:  # a vision tower's
-            own = self._replace(hidden=out_features, query_features=out_features)
+            own = OutlierModel(out_features, out_features, self.layers, self.qk_norm)
         if isinstance(batch, int) and isinstance(length, int):
             return _columns(own, in_features, batch, length)
         import numpy as np  # sizes of many runs at once
@@ -64,7 +67,10 @@ def outlier_model(spec: Any, text: Any) -> OutlierModel | None:
     if spec.quantization != "int8" or spec.int8_outliers == "few":
         return None
     queries = text.num_attention_heads * text.head_dim
-    return OutlierModel(text.hidden_size, queries, text.num_hidden_layers, text.qk_norm != "none")
+    return OutlierModel(
+        text.hidden_size, queries, text.num_hidden_layers, text.qk_norm != "none",
+        "gelu" in text.hidden_act, text.embedding_scale, text.sandwich_norms,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -79,22 +85,23 @@ def _columns(model: OutlierModel, in_features: int, batch: int, length: int) -> 
         groups.append((sum(alike[2:]) / len(alike[2:]), len(alike) - 2))
     total = 0.0
     for likeness, layers in groups:
-        total += layers * (1 - _clear(round(likeness, 3), deviation, length) ** batch)
+        total += layers * (1 - _clear(model.gelu, round(likeness, 3), deviation, length) ** batch)
     return int(in_features * total / len(alike) + 0.5)
 
 
 @lru_cache(maxsize=1024)
-def _clear(likeness: float, deviation: float, tokens: int) -> float:
-    """P(no token of a sample has |silu(g) u| > 6 in a column). Tokens share a part of g and u
+def _clear(gelu: bool, likeness: float, deviation: float, tokens: int) -> float:
+    """P(no token of a sample has |act(g) u| > 6 in a column). Tokens share a part of g and u
     (`likeness` is the correlation), and are independent given it."""
     shared, own = sqrt(likeness), sqrt(1 - likeness)
     own = max(own, 1e-6)
+    activation = _gelu if gelu else _silu
     clear = 0.0
     for gate_part, gate_weight in _NODES:
         gates = []
         for z, weight in _NODES:
             g = deviation * (shared * gate_part + own * z)
-            gate = abs(_silu(g))
+            gate = abs(activation(g))
             if gate * deviation * 12 > THRESHOLD:  # else beyond 12 deviations
                 gates.append((THRESHOLD / (gate * deviation), weight))
         for up_part, up_weight in _NODES:
@@ -115,6 +122,10 @@ def _silu(x: float) -> float:
     return x / (1 + exp(-x)) if x > -700 else 0.0
 
 
+def _gelu(x: float) -> float:
+    return x * _above(-x)
+
+
 @lru_cache(maxsize=256)
 def _likeness(model: OutlierModel, width: int, length: int) -> tuple[float, ...]:
     """Mean correlation of two tokens of a sample at the MLP of each layer: 0 where all are drawn
@@ -126,29 +137,45 @@ def _likeness(model: OutlierModel, width: int, length: int) -> tuple[float, ...]
     """
     variance = _DEVIATION**2 * model.hidden  # of a linear's output, its input normed
     value = variance * _DEVIATION**2 * model.query_features  # through v_proj and o_proj
-    curve = _silu_curve(sqrt(variance))
+    curve = _gate_curve(model.gelu, sqrt(variance))
     mlp = _DEVIATION**2 * width * variance
+    embedding = _DEVIATION**2 * (model.hidden if model.scaled_embedding else 1)
     places = [(index + 0.5) / _PLACES * length for index in range(_PLACES)]
-    own = [_DEVIATION**2] * _PLACES  # the embedding
+    own = [embedding] * _PLACES
     common = [[0.0] * _PLACES for _ in places]
     found = []
     for _ in range(model.layers):
         alike = _normed(own, common)
         means = _prefix_means(alike)
         spread = (1.0 if model.qk_norm else variance**2) * (1 - means[-1][-1])
-        for i, place in enumerate(places):
-            mean = means[i][i]
-            own[i] += value * (mean + (1 - mean) * min(1.0, exp(spread) / place))
-            for j, other in enumerate(places):
-                mean = means[i][j]
-                common[i][j] += value * (mean + (1 - mean) / max(place, other))
+        attended = [
+            value * (means[i][i] + (1 - means[i][i]) * min(1.0, exp(spread) / place))
+            for i, place in enumerate(places)
+        ]
+        shared = [
+            [value * (mean + (1 - mean) / max(place, other))
+             for mean, other in zip(row, places, strict=True)]
+            for row, place in zip(means, places, strict=True)
+        ]  # fmt: skip
+        _add(own, common, attended, shared, model.sandwich)
         alike = _normed(own, common)
         found.append(sum(map(sum, alike)) / _PLACES**2)
-        for i in range(_PLACES):
-            own[i] += mlp * curve[-1]
-            for j in range(_PLACES):
-                common[i][j] += mlp * _at(curve, alike[i][j]) * alike[i][j]
+        given = [[mlp * _at(curve, c) * c for c in row] for row in alike]
+        _add(own, common, [mlp * curve[-1]] * _PLACES, given, model.sandwich)
     return tuple(found)
+
+
+def _add(
+    own: list[float], common: list[list[float]],
+    more: list[float], shared: list[list[float]], normed: bool,
+) -> None:  # fmt: skip
+    """Add a branch's variances and covariances to the stream's, in place; normed: to variance 1."""
+    if normed:
+        more, shared = [1.0] * len(more), _normed(more, shared)
+    for i, row in enumerate(shared):
+        own[i] += more[i]
+        for j, covariance in enumerate(row):
+            common[i][j] += covariance
 
 
 def _normed(own: Sequence[float], common: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -174,16 +201,16 @@ def _prefix_means(square: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 @lru_cache(maxsize=64)
-def _silu_curve(deviation: float) -> tuple[float, ...]:
-    """E[silu(g) silu(g')] for normal g and g' of correlation 0 to 1."""
-    found = []
+def _gate_curve(gelu: bool, deviation: float) -> tuple[float, ...]:
+    """E[act(g) act(g')] for normal g and g' of correlation 0 to 1."""
+    activation, found = _gelu if gelu else _silu, []
     for index in range(_CURVE + 1):
         likeness = index / _CURVE
         shared, own = sqrt(likeness), sqrt(1 - likeness)
         found.append(
             sum(
                 weight
-                * sum(w * _silu(deviation * (shared * part + own * z)) for z, w in _NODES) ** 2
+                * sum(w * activation(deviation * (shared * part + own * z)) for z, w in _NODES) ** 2
                 for part, weight in _NODES
             )
         )

@@ -11,6 +11,7 @@ the layers gives (tests/planner/memory/test_stretch.py).
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import NamedTuple
 
 from planner.memory.pools import shifted
@@ -88,10 +89,14 @@ class _Segment:
         self.events = array("q", run.events[cut.event : event_end])
         self.blocks = run.blocks[cut.block : block_end]
         self.sizes = array("q", run.sizes[cut.block : block_end])
-        self.foreign: list[int] = []
         self.touches: dict[int, int] = {}
+        self.measure(run.sizes)
+
+    def measure(self, sizes: Sequence[int]) -> None:
+        """Find foreign, net and top. sizes: of all blocks of the run."""
+        self.foreign: list[int] = []
         live = top = top_event = 0
-        sizes, last, first = run.sizes, ~cut.block, ~block_end
+        last, first = ~self.first_block, ~(self.first_block + len(self.blocks))
         for position, index in enumerate(self.events):
             if index >= 0:
                 live += sizes[index]
@@ -113,7 +118,7 @@ def stretch(run: MarkedRecorder, layers: int) -> "tuple[Recorder, array[int]]":
     Raises NotAlikeError."""
     segments = _segments(run)
     _check(segments)
-    return _Stretch(segments, layers).result()
+    return _Stretch(segments, run.sizes, layers).result()
 
 
 def _segments(run: MarkedRecorder) -> list[_Segment]:
@@ -136,8 +141,9 @@ def _check(segments: list[_Segment]) -> None:
 class _Stretch:
     """Emits the segments of the whole step in order. A layer's blocks are its template's."""
 
-    def __init__(self, segments: list[_Segment], layers: int) -> None:
+    def __init__(self, segments: list[_Segment], sizes: Sequence[int], layers: int) -> None:
         self.segments = segments
+        self.sizes = sizes
         self.layers = layers
         owners = [index for index, segment in enumerate(segments) if segment.blocks]
         self.owners = owners  # segments with blocks
@@ -155,11 +161,12 @@ class _Stretch:
         self.segment_base: dict[int, int] = {}
         self.turns = self._count_turns()
         # the backward of layer 1 meets layer 0's forward, that of a layer further up another's
-        self.lower = {
-            index: self._lower(segment, segments[index - 1])
-            for index, segment in enumerate(segments)
-            if (segment.kind, segment.layer) == ("backward", 1)
-        }
+        self.middle: dict[int, _Segment] = {}
+        self.lower: dict[int, list[tuple[int, str, int, int]]] = {}
+        for index, segment in enumerate(segments):
+            if (segment.kind, segment.layer) == ("backward", 1):
+                self.middle[index] = middle = self._middle(segment, segments[index - 1])
+                self.lower[index] = self._lower(middle, segments[index - 1])
 
     def _count_turns(self) -> list[int]:
         """How often a segment's (kind, layer) came before: micro batches repeat."""
@@ -206,7 +213,7 @@ class _Stretch:
                 yield index, segment, range(2, self.layers - 1)
             elif segment.kind == "backward" and segment.layer == 2:
                 yield index, segment, (self.layers - 2,)
-                yield index + 1, self.segments[index + 1], range(self.layers - 3, 1, -1)
+                yield index + 1, self.middle[index + 1], range(self.layers - 3, 1, -1)
             elif segment.kind:
                 yield index, segment, (_outer(segment.layer, self.layers),)
             else:
@@ -254,6 +261,20 @@ class _Stretch:
             found = self._elsewhere(source, whole - segment.layer, segment.layer)
             shifts[owner] = found - source
         return shifts
+
+    def _middle(self, segment: _Segment, above: _Segment) -> _Segment:
+        """Layer 1's backward as a layer further up has it. Where nothing in layer 0 keeps what all
+        layers share (the angles of the rotation), layer 1 is the last to release it."""
+        ours = [p for p in segment.foreign if not self._place(~segment.events[p])[0]]
+        if not ours:
+            return segment
+        if any(not self._place(~above.events[position])[0] for position in above.foreign):
+            raise NotAlikeError
+        middle = copy(segment)
+        left_out = set(ours)
+        middle.events = array("q", [e for p, e in enumerate(segment.events) if p not in left_out])
+        middle.measure(self.sizes)
+        return middle
 
     def _lower(self, segment: _Segment, above: _Segment) -> list[tuple[int, str, int, int]]:
         """(position, kind, turn, offset): where layer 1 releases a block of layer 0, which has

@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from planner.memory.program import run
 from planner.memory.requirement import reserve
@@ -29,6 +31,8 @@ SPECS: list[dict[str, Any]] = [
     {"model": "lavin-13b", "images_per_sample": 1, "gradient_checkpointing": True,
      "gradient_accumulation_steps": 2, "versions": {"bitsandbytes": "0.39.0"}},
 ]  # fmt: skip
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+TEXT = ("huggyllama/llama-7b", "Qwen/Qwen3-1.7B", "google/gemma-2b", "facebook/chameleon-7b")
 # The key-value cache and a custom function's attributes are freed in one sweep, in another order.
 SWEPT = (SPECS[4], SPECS[5])
 
@@ -48,6 +52,45 @@ def test_stretched_step_equals_whole_step(values: dict[str, Any]) -> None:
         whole.work.micro_batch.counters(), rel=1e-9
     )
     assert reserve(stretched, 32 * MIB, False) == reserve(whole, 32 * MIB, False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(TEXT), targets=st.sets(st.sampled_from(LINEARS), min_size=1),
+    quantization=st.sampled_from(["none", "nf4"]), checkpointed=st.booleans(),
+    attention=st.sampled_from(["sdpa", "eager"]), stack=st.sampled_from(["stock", "lean"]),
+    dropout=st.sampled_from([0.0, 0.1]), accumulation=st.sampled_from([1, 2]),
+)  # fmt: skip
+def test_any_choice_of_adapters_is_stretched_to_the_whole(
+    name: str, targets: set[str], quantization: str, checkpointed: bool, attention: str,
+    stack: str, dropout: float, accumulation: int,
+) -> None:  # fmt: skip
+    """Where little of the first layer trains, what all layers share goes with the second one."""
+    model = load_model(name)
+    spec = spec_from_mapping({
+        "model": name, "quantization": quantization, "gradient_checkpointing": checkpointed,
+        "stack": stack, "attention": attention, "gradient_accumulation_steps": accumulation,
+        "lora": {"target_modules": sorted(targets), "dropout": dropout},
+    })  # fmt: skip
+    whole, stretched = run(spec, model, Recorder()), run(spec, model)
+    assert _live(stretched.recorder) == _live(whole.recorder)
+    assert _peaks(stretched.recorder) == _peaks(whole.recorder)
+    assert stretched.states == whole.states
+
+
+def _live(recorder: Recorder) -> list[tuple[int, int]]:
+    """(bytes, blocks) live after each event; KeyError where a block is released twice."""
+    live: set[int] = set()
+    size, found = 0, []
+    for index in recorder.events:
+        if index >= 0:
+            live.add(index)
+            size += recorder.sizes[index]
+        else:
+            live.remove(~index)
+            size -= recorder.sizes[~index]
+        found.append((size, len(live)))
+    return found
 
 
 def _blocks(recorder: Recorder) -> list[tuple[str, str, int]]:
