@@ -14,6 +14,8 @@ SHAPES = {
     "facebook/chameleon-7b": ((1, 512), (1, 1024), (4, 512), (2, 2048)),
     "meta-llama/Llama-2-7b-hf": ((1, 512), (4, 1024)),
     "Qwen/Qwen2.5-1.5B": ((1, 512), (4, 512)),
+    "google/gemma-2b": ((1, 512), (2, 1024)),
+    "google/gemma-2-2b": ((1, 512), (2, 1024)),
 }
 
 

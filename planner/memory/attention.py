@@ -6,12 +6,13 @@ q (B, h, S, d); k, v (B, h_kv, K, d). Tensors come as (B, S, h, d) in memory, tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any, Literal
 
 from planner.dtypes import BOOL, F32, INT64, DType
 from planner.memory.allocator import SMALL_BYTES
-from planner.memory.ops import Engine
+from planner.memory.ops import Engine, promote
 from planner.memory.sizes import decide
 from planner.memory.tensor import Shape, Tensor
 from planner.memory.work import grad_bytes
@@ -121,8 +122,9 @@ def flash_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Ten
     """
     _, heads, positions, dim = q.shape
     pieces, shape = positions // length, q.shape
-    if isinstance(pieces, int) and pieces <= _PIECES_ONE_BY_ONE:
-        return _each_piece(t, q, k, v, pieces)
+    if one_by_one(pieces):
+        return each_piece(t, q, k, v, pieces, lambda a, b, c: t.transpose(
+            sdpa(t, a, b, c, causal=False), 1, 2))  # fmt: skip
     left, needs = (q, k, v), (q.requires_grad, k.requires_grad, v.requires_grad)
     q, k, v = t.lower(q), t.lower(k), t.lower(v)
     dtype = q.dtype
@@ -168,14 +170,18 @@ def _scattered(t: Engine, pieces: Any, shape: Shape, dtype: DType, op: str) -> l
     return [t.new((count, *shape), dtype, op) for count in counts]
 
 
-def _each_piece(t: Engine, q: Tensor, k: Tensor, v: Tensor, pieces: int) -> Tensor:
-    """The same, piece by piece."""
+def one_by_one(pieces: Any) -> bool:
+    """Whether the pieces are few enough to be run one after another."""
+    return isinstance(pieces, int) and pieces <= _PIECES_ONE_BY_ONE
+
+
+def each_piece(
+    t: Engine, q: Tensor, k: Tensor, v: Tensor, pieces: int,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """torch.split, `attend` of each piece, (1, p, h, d), torch.cat of the outputs."""
     split = [_split(t, x, pieces) for x in (q, k, v)]
-    outs = []
-    for index in range(pieces):
-        out = sdpa(t, split[0][index], split[1][index], split[2][index], causal=False)
-        outs.append(t.transpose(out, 1, 2))
-        del out
+    outs = [attend(*(parts[index] for parts in split)) for index in range(pieces)]
     del split
     (_, heads, positions, dim), dtype = q.shape, outs[0].dtype
     shapes = [out.shape for out in outs]
@@ -255,11 +261,17 @@ def _bias(t: Engine, mask: Tensor | None, dtype: DType) -> Tensor | None:
     return bias
 
 
-def cached(t: Engine, x: Tensor) -> Tensor:
-    """DynamicLayer.update: torch.cat of what is cached, nothing yet, and x: a copy."""
+def cached(t: Engine, x: Tensor, keys: Tensor) -> Tensor:
+    """DynamicLayer.update: torch.cat of what is cached, nothing yet in the keys' dtype, and x: a
+    copy, in the wider dtype."""
     t.count(2 * grad_bytes(x))
-    out = t.new(x.shape, x.dtype, "cat (key-value cache)")
-    return t.record(out, (x,), (), lambda g: (g,))
+    source, shape = x.dtype, x.shape
+    dtype = promote(source, keys.dtype)
+    out = t.new(shape, dtype, "cat (key-value cache)")
+    if dtype is source:
+        return t.record(out, (x,), (), lambda g: (g,))
+    # autograd's engine casts a gradient of another dtype than its tensor's
+    return t.record(out, (x,), (), lambda g: (t.new(shape, source, "to (backward)"),))
 
 
 def repeat_kv(t: Engine, x: Tensor, groups: int) -> Tensor:

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from planner.dtypes import F16, F32, DType
-from planner.memory.attention import bool_mask, repeat_kv
+from planner.memory.attention import bool_mask, each_piece, one_by_one, repeat_kv
 from planner.memory.ops import Engine
 from planner.memory.sizes import decide
 from planner.memory.tensor import Tensor
@@ -43,10 +43,12 @@ def eager(
 
 
 def eager_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-    """Eager attention of pieces of `length` positions, as one batch of them: (1, P, h, d). The
-    pieces run one after another, which only the count of kernels knows."""
+    """Eager attention of pieces of `length` positions: (1, P, h, d). They run one after another;
+    many are run as one batch, and only the count of kernels knows."""
     _, heads, positions, dim = q.shape
     pieces = positions // length
+    if one_by_one(pieces):
+        return each_piece(t, q, k, v, pieces, lambda a, b, c: eager(t, a, b, c, None)[0])
     shape = (pieces, heads, length, dim)
     q, k, v = (t.alias(x, shape, False, reshapes=False) for x in (q, k, v))
     before = t.work.launches

@@ -19,7 +19,7 @@ from planner.memory.program import (
     engine_for,
     forward_of,
     load,
-    make_batch,
+    make_batches,
     may_stretch,
     paused_collector,
 )
@@ -136,8 +136,8 @@ def _run(spec: RunSpec, model: Model, batches: Sizes, lengths: Sizes, layers: in
     recorder = _Segments()
     engine = engine_for(spec, recorder)
     sized = spec.model_copy(update={"micro_batch_size": batches, "sequence_length": lengths})
-    batch = make_batch(recorder, sized, model)
-    work = run_step(engine, loaded, forward_of(model), batch, optimizer)
+    batches = make_batches(recorder, sized, model)
+    work = run_step(engine, loaded, forward_of(model), batches[0], optimizer)
     graded = {name: leaf for name, leaf in loaded.leaves.items() if leaf.grad is not None}
     states = state_bytes(loaded, optimizer, graded)
     for leaf in graded.values():

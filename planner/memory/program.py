@@ -139,8 +139,8 @@ def _run(spec: RunSpec, model: Model, recorder: Recorder | None) -> Program:
             pass
     loaded = load(spec, model)
     engine = engine_for(spec, recorder)
-    batch = make_batch(engine.recorder, spec, model)
-    work = run_step(engine, loaded, forward_of(model), batch, optimizer)
+    batches = make_batches(engine.recorder, spec, model)
+    work = run_step(engine, loaded, forward_of(model), batches[0], optimizer)
     return _program(loaded, optimizer, engine.recorder, work)
 
 
@@ -203,7 +203,6 @@ def _gradients_key(spec: RunSpec, optimizer: Optimizer) -> RunSpec:
             "max_grad_norm": 0.0,
             "expandable_segments": False,
             "evaluation_batch_size": 0,
-            "gradient_accumulation_steps": min(spec.gradient_accumulation_steps, 2),
         }
     )
 
@@ -215,9 +214,9 @@ def _run_gradients(spec: RunSpec, model: Model, optimizer: Optimizer) -> _Gradie
     few = MarkedRecorder()
     engine = engine_for(spec, few)
     few.work = lambda: engine.work.counters()
-    batch = make_batch(few, spec, model)
+    batches = make_batches(few, spec, model)
     hook = InBackward(engine, optimizer) if optimizer.in_backward else None
-    work = run_micro_batches(engine, loaded, forward_of(model), batch, hook)
+    work = run_micro_batches(engine, loaded, forward_of(model), batches[0], hook)
     few.enter("end")
     if hook is not None:
         hook.mark(loaded.leaves.values())
@@ -225,7 +224,7 @@ def _run_gradients(spec: RunSpec, model: Model, optimizer: Optimizer) -> _Gradie
     dtypes = {leaf.name: leaf.grad.dtype for leaf in graded}
     for leaf in graded:
         leaf.grad = None
-    del batch
+    batches.clear()
     work.add(few.layer_work(), layers - RUN_LAYERS)
     recorder, tail = stretch(few, layers)
     return _Gradients(model, loaded.leaves, dtypes, recorder, tail, work.counters())
@@ -314,6 +313,14 @@ def forward_of(model: Model) -> Forward:
         return outputs
 
     return run_forward
+
+
+def make_batches(recorder: Recorder, spec: RunSpec, model: Model) -> list[Batch]:
+    """The inputs that are on the card throughout a step: `Trainer` fetches all micro batches of it
+    first (get_batch_samples in trainer.py), other loops one at a time. All run like the first."""
+    own_loop = spec.stack == "lean" or hasattr(model.family, "make_batch")
+    count = 1 if own_loop else spec.gradient_accumulation_steps
+    return [make_batch(recorder, spec, model) for _ in range(count)]
 
 
 def make_batch(recorder: Recorder, spec: RunSpec, model: Model) -> Batch:

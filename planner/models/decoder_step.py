@@ -165,7 +165,7 @@ class Decoder:
         with t.recorder.scope(path.rstrip(".")):
             q, k = self._rotate(q, k, rotary)
             if self.caches:
-                k, v = attention_ops.cached(t, k), attention_ops.cached(t, v)
+                k, v = attention_ops.cached(t, k, k), attention_ops.cached(t, v, k)
                 self.cache += (k.detach(), v.detach())
             out, weights = attend(
                 t, self.loaded.spec.attention, q, k, v, mask, not g.bidirectional,
