@@ -28,7 +28,8 @@ def sdpa(
 ) -> Tensor:
     """F.scaled_dot_product_attention after transformers' sdpa_attention_forward (integrations/
     sdpa_attention.py): keys are repeated for grouped heads where a mask is given. In 16 bits
-    without a mask the flash kernel, else the memory-efficient one."""
+    without a mask the flash kernel, else the memory-efficient one, which takes no grouped heads:
+    those are left to torch's own products."""
     groups = q.shape[1] // k.shape[1]
     if mask is not None and groups > 1:
         k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
@@ -36,7 +37,9 @@ def sdpa(
     if mask is None and q.dtype.is_16bit and q.shape[-1] <= _FLASH_WIDTH:
         return flash_padded(t, q, k, v, causal)
     if mask is None and groups > 1:
-        k, v = repeat_kv(t, k, groups), repeat_kv(t, v, groups)
+        from planner.memory.eager_attention import math_kernel  # for such runs alone
+
+        return math_kernel(t, q, k, v, causal)
     return efficient(t, q, k, v, _bias(t, mask, q.dtype), causal and mask is None)
 
 
@@ -265,13 +268,8 @@ def cached(t: Engine, x: Tensor, keys: Tensor) -> Tensor:
     """DynamicLayer.update: torch.cat of what is cached, nothing yet in the keys' dtype, and x: a
     copy, in the wider dtype."""
     t.count(2 * grad_bytes(x))
-    source, shape = x.dtype, x.shape
-    dtype = promote(source, keys.dtype)
-    out = t.new(shape, dtype, "cat (key-value cache)")
-    if dtype is source:
-        return t.record(out, (x,), (), lambda g: (g,))
-    # autograd's engine casts a gradient of another dtype than its tensor's
-    return t.record(out, (x,), (), lambda g: (t.new(shape, source, "to (backward)"),))
+    out = t.new(x.shape, promote(x.dtype, keys.dtype), "cat (key-value cache)")
+    return t.record(out, (x,), (), lambda g: (g,))
 
 
 def repeat_kv(t: Engine, x: Tensor, groups: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from weakref import ref
 
 from planner.dtypes import DType
+from planner.errors import InputError, Problem
 from planner.memory.storage import Recorder
 from planner.memory.tensor import (
     Backward,
@@ -28,6 +29,7 @@ from planner.memory.tensor import (
 )
 from planner.memory.work import Kernels, grad_bytes
 
+NO_GRADIENT = Problem("lora.target_modules", "no trainable parameter gets a gradient")
 # Tells the results of a recomputation from leaves.
 _RECOMPUTED = make_node(0, "", (), lambda g: (), None)
 
@@ -187,7 +189,8 @@ class Autograd(Kernels):
 
     def backward(self, loss: Tensor) -> None:
         """loss.backward(): a gradient of ones, then the graph."""
-        assert loss.node is not None, "no parameter wants a gradient"
+        if loss.node is None:
+            raise InputError(NO_GRADIENT)
         self.backward_with(loss, self.new(loss.shape, loss.dtype, "ones_like"))
 
     def backward_with(self, output: Tensor, grad: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from planner.dtypes import F16, F32, DType
+from planner.dtypes import BOOL, F16, F32, DType
 from planner.memory.attention import bool_mask, each_piece, one_by_one, repeat_kv
 from planner.memory.ops import Engine
 from planner.memory.sizes import decide
@@ -49,7 +49,7 @@ def eager_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Ten
     pieces = positions // length
     if one_by_one(pieces):
         return each_piece(t, q, k, v, pieces, lambda a, b, c: eager(t, a, b, c, None)[0])
-    shape = (pieces, heads, length, dim)
+    shape = (1, pieces * heads, length, dim)  # one sample: what its products read is not copied
     q, k, v = (t.alias(x, shape, False, reshapes=False) for x in (q, k, v))
     before = t.work.launches
     out, _weights = eager(t, q, k, v, None)
@@ -62,6 +62,45 @@ def eager_pieces(t: Engine, q: Tensor, k: Tensor, v: Tensor, length: int) -> Ten
         return (g,)
 
     return t.record(joined.view(joined.shape), (joined,), (), backward)
+
+
+def math_kernel(t: Engine, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """_scaled_dot_product_attention_math (transformers/attention.cpp) of grouped heads: in fp32,
+    queries and keys each scaled by the root, a softmax that looks for rows without any key."""
+    source = q.dtype
+    q, k, v = t.to(q, F32), t.to(k, F32), t.to(v, F32)
+    q = t.scale(q)
+    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    mask = None
+    if causal:
+        ones = t.new((length, length), BOOL, "ones (mask)")
+        rule = t.new(ones.shape, BOOL, "tril (mask)")
+        del ones
+        mask = t.new(rule.shape, F32, "where (mask)")
+        del rule
+    k, v = _interleaved(t, k, groups), _interleaved(t, v, groups)
+    scores = matmul(t, q, t.scale(k), transposed=True)
+    t.count(3 * grad_bytes(scores))  # the mask is added in place
+    weights = softmax(t, scores)
+    empty = t.new(scores.shape, BOOL, "eq (softmax)")
+    t.new(scores.shape[:-1], BOOL, "all (softmax)")
+    del empty, scores
+    out = matmul(t, weights, v)
+    del mask
+    return t.to(out, source)
+
+
+def _interleaved(t: Engine, x: Tensor, groups: int) -> Tensor:
+    """repeat_interleave of the heads: expand and clone; backward sums."""
+    batch, heads, length, dim = source = x.shape
+    out = t.new((batch, heads * groups, length, dim), x.dtype, "clone (repeat_interleave)")
+    t.count(2 * grad_bytes(out))
+
+    def backward(g: Tensor) -> tuple[Tensor]:
+        t.count(2 * grad_bytes(g))
+        return (t.new(source, g.dtype, "sum (repeat_interleave)"),)
+
+    return t.record(out, (x,), (), backward)
 
 
 def eager_mask(t: Engine, batch: Any, length: Any, dtype: DType, window: bool = False) -> Tensor:

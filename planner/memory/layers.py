@@ -172,8 +172,11 @@ def _matmul_4bit(t: Engine, state: Linear, x: Tensor, bias: Tensor | None) -> Te
         absmax = _absmax(t, state, 1)  # functional.dequantize_4bit shifts it in place
         dequantized = _dequantize(t, state, dtype, "dequantize (backward)")
         del absmax
-        t.count_matmul(flops, traffic, dtype)
-        grad = t.new(shape, dtype, "mm (input gradient)")
+        if g.dtype is not dtype:
+            t.count(n * k * (dtype.itemsize + g.dtype.itemsize))
+            dequantized = t.new((n, k), g.dtype, "to (dequantised)")
+        t.count_matmul(flops, traffic, g.dtype)
+        grad = t.new(shape, g.dtype, "mm (input gradient)")
         del dequantized
         return grad, None
 
@@ -206,15 +209,15 @@ def _matmul_int8(t: Engine, state: Linear, x: Tensor) -> Tensor:
         kept.append(columns)
     else:
         del outliers, half
-    out = _int8_product(t, quantized, row_stats, rows, n, dtype)
+    out = _int8_product(t, rows, n, dtype)
     t.count_matmul(flops, rows * k + n * k + 4 * rows * n, F16)
-    del quantized, row_stats
     if columns is not None and weights is not None:  # output.addmm(subA, subB), under autocast
         casts = t.lower_all(weights, columns, out)
         made = casts[-1].dtype
         t.count_matmul(2 * rows * n * count, made.itemsize * rows * (n + count), made)
         out = t.new((rows, n), made, "addmm (outliers)")
         del casts, weights, columns
+    del quantized, row_stats
     out = out.view((*shape[:-1], n))
 
     def backward(g: Tensor) -> tuple[Tensor | None, ...]:
@@ -249,15 +252,14 @@ def _outlier_parts(
     return columns, single
 
 
-def _int8_product(
-    t: Engine, quantized: Tensor, row_stats: Tensor, rows: Any, n: int, dtype: DType
-) -> Tensor:
+def _int8_product(t: Engine, rows: Any, n: int, dtype: DType) -> Tensor:
     """int8_scaled_mm: int32, then fp16, then the wanted dtype, each a tensor of its own."""
     accumulator = t.new((rows, n), INT32, "int8 mm")
     product = t.new((rows, n), F16, "int8 dequantise")
-    del accumulator, quantized, row_stats
+    out = product if dtype is F16 else t.new((rows, n), dtype, "to (int8 output)")
+    del product, accumulator
     t.count(rows * n * 6)
-    return product if dtype is F16 else t.new((rows, n), dtype, "to (int8 output)")
+    return out
 
 
 def gated_mlp(t: Engine, loaded: Any, prefix: str, x: Tensor, act: str) -> Tensor:

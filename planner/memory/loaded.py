@@ -15,6 +15,7 @@ from planner.models.tree import ModelTree, Module
 from planner.spec import RunSpec
 from planner.versions import keeps_4bit_inputs
 
+EMBEDDINGS = "embed_tokens"  # the decoder's, in every family
 COMPUTE = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
 
 
@@ -139,6 +140,18 @@ class Loaded:
             keeps_input=keeps_4bit_inputs(self.spec),
             outliers=self.outliers,
             adapter=self._adapter(module) if module.path in self.adapted else None,
+        )
+
+    def embedding_adapter(self, path: str) -> Adapter | None:
+        """LoRA on an embedding: A a table of `rank` rows, one column a token."""
+        if path not in self.adapted:
+            return None
+        rows, width = self.tree.by_path[path].weight_shape
+        rank, dtype = self.spec.lora.rank, self.adapter_dtype
+        return Adapter(
+            a=self.leaf(path, "lora_embedding_A", (rank, rows), dtype, True),
+            b=self.leaf(path, "lora_embedding_B", (width, rank), dtype, True),
+            dropout=0.0,
         )
 
     def _adapter(self, module: Module) -> Adapter:

@@ -100,6 +100,8 @@ class GaLore(ProjectedAdamW):
 class GaLore8bit(GaLore):
     """The moments as bitsandbytes keeps them; the weight is set aside and lent the low rank."""
 
+    replaces_gradients = True
+
     def states(self, leaf: Tensor, is_embedding: bool = False) -> list[State]:
         if not is_target(leaf, is_embedding):
             return bitsandbytes_states("adamw_8bit", leaf.shape)

@@ -136,8 +136,8 @@ def _run(spec: RunSpec, model: Model, batches: Sizes, lengths: Sizes, layers: in
     recorder = _Segments()
     engine = engine_for(spec, recorder)
     sized = spec.model_copy(update={"micro_batch_size": batches, "sequence_length": lengths})
-    batches = make_batches(recorder, sized, model)
-    work = run_step(engine, loaded, forward_of(model), batches[0], optimizer)
+    held = make_batches(recorder, sized, model)
+    work = run_step(engine, loaded, forward_of(model), held[0], optimizer)
     graded = {name: leaf for name, leaf in loaded.leaves.items() if leaf.grad is not None}
     states = state_bytes(loaded, optimizer, graded)
     for leaf in graded.values():

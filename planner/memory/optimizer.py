@@ -43,11 +43,13 @@ class Optimizer:
     """A named optimizer: its states, and what its step makes for a moment.
 
     in_backward: each parameter is stepped during backward and its gradient dropped; waits: not
-    before the next parameter's gradient is there.
+    before the next parameter's gradient is there; replaces_gradients: its step drops them one by
+    one.
     """
 
     in_backward = False
     waits = False
+    replaces_gradients = False
 
     def __init__(self, name: str) -> None:
         self.name = name

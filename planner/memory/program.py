@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from planner.dtypes import DType
 from planner.errors import InputError, Problem, UnsupportedError
-from planner.memory.loaded import Loaded
+from planner.memory.autograd import NO_GRADIENT
+from planner.memory.loaded import EMBEDDINGS, Loaded
 from planner.memory.loading import Loading
 from planner.memory.ops import Engine
 from planner.memory.optimizer import Optimizer
@@ -83,6 +84,7 @@ def load(spec: RunSpec, model: Model) -> Loaded:
     adapted: frozenset[str] = frozenset()
     if spec.method == "lora":
         adapted = _adapted(model.tree, spec.lora.target_modules)
+        _check_adapted(model.tree, adapted)
     elif spec.quantization != "none":
         raise UnsupportedError(
             f"method: 'full' cannot train {spec.quantization} weights; allowed: quantization "
@@ -100,6 +102,18 @@ def load(spec: RunSpec, model: Model) -> Loaded:
 @lru_cache(maxsize=16)
 def _adapted(tree: ModelTree, targets: tuple[str, ...] | str) -> frozenset[str]:
     return frozenset(module.path for module in target_modules(tree, targets))
+
+
+def _check_adapted(tree: ModelTree, adapted: frozenset[str]) -> None:
+    """Adapters on linears and on the decoder's embeddings have a step program, others none."""
+    for path in sorted(adapted):
+        kind = tree.by_path[path].kind
+        if kind != "linear" and not path.endswith(EMBEDDINGS):
+            name = "a convolution" if kind == "conv" else f"an {kind}"
+            raise UnsupportedError(
+                f"lora.target_modules: {path} is {name}, whose adapter the planner does not model; "
+                "`vramwise fit --exact` traces it"
+            )
 
 
 def run(spec: RunSpec, model: Model, recorder: Recorder | None = None) -> Program:
@@ -146,7 +160,9 @@ def _run(spec: RunSpec, model: Model, recorder: Recorder | None) -> Program:
 
 def may_stretch(model: Model, spec: RunSpec) -> bool:
     """Whether running a few of the decoder layers tells of all: not where the lowest have no
-    prompts."""
+    prompts, nor where the optimizer's step drops gradients, which a stretched run holds apart."""
+    if find_optimizer(spec.optimizer).replaces_gradients:
+        return False
     if spec.method == "lora" and spec.adapter == "adaption_prompt":
         return False
     text = model.text
@@ -275,7 +291,7 @@ def _all_names(
 def _program(loaded: Loaded, optimizer: Optimizer, recorder: Recorder, work: StepWork) -> Program:
     graded = {name: leaf for name, leaf in loaded.leaves.items() if leaf.grad is not None}
     if not graded:
-        raise InputError(Problem("lora.target_modules", "no trainable parameter gets a gradient"))
+        raise InputError(NO_GRADIENT)
     states = state_bytes(loaded, optimizer, graded)
     alike = Counter(graded.values())  # layers share leaves
     count = sum(times * prod(leaf.shape) for leaf, times in alike.items())

@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from planner.dtypes import F32, INT64
+from planner.memory.layers import Adapter, matmul
 from planner.memory.ops import Engine
 from planner.memory.tensor import Tensor
 from planner.memory.work import grad_bytes
@@ -33,6 +34,20 @@ def embedding(t: Engine, weight: Tensor, ids: Tensor) -> Tensor:
         return (grad,)
 
     return t.record(out, (weight,), (ids,), backward)
+
+
+def lora_embedding(t: Engine, out: Tensor, ids: Tensor, adapter: Adapter, scales: int) -> Tensor:
+    """peft/tuners/lora/layer.py, Embedding.forward: a row of A' for each id, times B, scaled (twice
+    where the embedding itself is); added to the embedding in the wider dtype."""
+    source = out.dtype
+    low = embedding(t, t.transpose(adapter.a, 0, 1), ids)
+    added = matmul(t, low, adapter.b)
+    del low
+    for _ in range(scales):
+        added = t.scale(added)
+    out = t.add(out, added, "add (adapter)")
+    del added
+    return t.to(out, source)
 
 
 def minimum(a: Any, b: Any) -> Any:

@@ -45,6 +45,10 @@ class Decoder:
             out = vocabulary.embedding(self.t, self.loaded.parameter(path), ids)
             if self.g.embedding_scale:
                 out = self.t.scale(out)
+            adapter = self.loaded.embedding_adapter(path)
+            if adapter is not None:
+                scales = 1 + self.g.embedding_scale
+                out = vocabulary.lora_embedding(self.t, out, ids, adapter, scales)
         spec = self.loaded.spec
         if spec.gradient_checkpointing and spec.stack == "stock" and not out.requires_grad:
             out.requires_grad = self.t.grad_enabled

@@ -19,7 +19,8 @@ def attend(
     """query [B, H, S, D], key and value [B, Hk, T, D] -> [B, H, S, D].
 
     Without a mask and in 16 bits the flash or cuDNN kernel, which save the same: q, k, v, output
-    and an fp32 log-sum-exp; otherwise the memory-efficient kernel (a mask is padded to 16 bytes).
+    and an fp32 log-sum-exp; otherwise the memory-efficient kernel (a mask is padded to 16 bytes),
+    which takes no grouped heads: torch's own products do (MATH, as an H200 chose).
     """
     width = query.shape[-1]
     if query.dtype in HALF and attn_mask is None and width <= 256:
@@ -28,9 +29,11 @@ def attend(
             *padded, dropout_p, is_causal, False, scale=scale or width**-0.5
         )[0]
         return out[..., : value.shape[-1]]
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
+        math: torch.Tensor = aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+        )[0]
+        return math
     bias = _bias(attn_mask, query)
     out = aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, torch.is_grad_enabled() and query.requires_grad, dropout_p,
