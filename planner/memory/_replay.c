@@ -46,7 +46,7 @@ typedef struct {
 typedef struct { Py_buffer events, sizes; int64_t base; int flags; } Part;
 typedef struct { Py_ssize_t part, event; } Place;
 
-static const int64_t RANGE = 32 << 20, TOP = (int64_t)1 << 46;
+static const int64_t RANGE = 32 << 20, TOP = (int64_t)1 << 60;
 
 static int32_t stretch_place(const Stretches *l, int64_t address) {
     int32_t low = 0, high = l->count;

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 
 RANGE_BYTES = 32 << 20
-_TOP = 1 << 46
+_TOP = 1 << 60  # above any run, the one that nothing holds too
 
 Stretch = tuple[int, int]  # (address, size)
 

@@ -193,14 +193,16 @@ def _matmul_int8(t: Engine, state: Linear, x: Tensor) -> Tensor:
     if state.outliers is not None:
         batch, length = shape[:-1] if len(shape) == 3 else (1, rows)
         count = state.outliers.columns(state.name, k, n, batch, length)
-    half = t.to(x.detach(), F16, "to (int8 quantisation)")
+    source = x.detach() if x.contiguous else t.clone(x.detach(), "reshape")
+    half = t.to(source, F16, "to (int8 quantisation)")
     row_stats = t.new((rows,), F32, "int8 row stats")
     quantized = t.new((rows, k), INT8, "int8 quantised input")
     magnitude = t.new((rows, k), F16, "abs (outliers)")
     outliers = t.new((rows, k), BOOL, "ge (outliers)")
     del magnitude
     t.count(rows * k * 12, 8)
-    kept: list[Tensor] = [x.detach()]
+    kept: list[Tensor] = [source]
+    del source
     columns = weights = None
     if decide(count > 0):
         kept.append(t.new((count,), INT64, "outlier columns"))

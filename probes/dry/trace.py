@@ -128,5 +128,10 @@ def _outliers(spec: RunSpec, base: PreTrainedModel) -> OutlierModel | None:
         return None
     width = text.hidden_size
     queries = heads * (getattr(text, "head_dim", None) or width // heads)
-    normed = any(path.endswith("q_norm") for path, _ in base.named_modules())
-    return OutlierModel(width, queries, layers, normed)
+    names = {path.rpartition(".")[2] for path, _ in base.named_modules()}
+    act = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None) or "silu"
+    scaled = "Scaled" in type(base.get_input_embeddings()).__name__  # Gemma's
+    return OutlierModel(
+        width, queries, layers, "q_norm" in names, "gelu" in act, scaled,
+        "pre_feedforward_layernorm" in names,
+    )  # fmt: skip
