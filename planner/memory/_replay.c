@@ -1,15 +1,14 @@
 /* torch's caching allocator: planner/memory/pools.py, in C, for speed.
  *
- * replay(parts, cap) -> (ok, allocated, peak_allocated, reserved, peak_reserved, small, small_peak)
- * settle(load, steps, again, small_buffer, step, resolution) ->
- *     (allocated and its peak after load, peak_allocated, peak_reserved, small_peak, cap)
+ * replay(parts, cap) -> (ok, allocated, peak_allocated, reserved, peak_reserved)
+ * settle(load, steps, again, step, resolution) ->
+ *     (allocated and its peak after load, peak_allocated, peak_reserved, cap)
  * shifted(events, starts, shifts, steps, times) -> events
  *
  * parts: a sequence of (events, sizes, base, flags). events: int64, i to allocate sizes[i], ~i to
  * release it; sizes: int64 bytes; base: added to i, so that parts may share or keep apart their
  * storages; flags: RELEASE, give cached segments back after the part; RESET, reset the peaks before
- * it; CAPPED, the cap on the large pool holds in it. allocated and its peak count both pools;
- * reserved is the large pool's; small is the small pool's tensors. Optional: the Python module does
+ * it; CAPPED, the cap holds in it. All counts are of both pools. Optional: the Python module does
  * the same (a test compares them).
  */
 #define PY_SSIZE_T_CLEAN
@@ -19,10 +18,10 @@
 #include <string.h>
 
 enum { RELEASE = 1, RESET = 2, CAPPED = 4 };
-static const int64_t SMALL = 1 << 20, MIN_REMAINDER = 1 << 20, LARGE_BUFFER = 20 << 20, MIN_LARGE = 10 << 20,
-                     ROUND_LARGE = 2 << 20;
+static const int64_t MIN_BLOCK = 512, SMALL = 1 << 20, MIN_REMAINDER = (1 << 20) + 1, LARGE_BUFFER = 20 << 20, MIN_LARGE = 10 << 20,
+                     ROUND_LARGE = 2 << 20, SMALL_BUFFER = 2 << 20;
 
-typedef struct { int64_t size, address; int32_t prev, next; char free; } Block;
+typedef struct { int64_t size, address; int32_t prev, next; char free, kind; } Block;
 /* Free blocks of one size, the lowest address last. An empty bin stays until a search meets it. */
 typedef struct { int64_t size; int32_t *blocks; int32_t count, room; } Bin;
 
@@ -33,15 +32,21 @@ typedef struct { Stretch *items; int32_t count, room; } Stretches; /* by ascendi
 typedef struct { Stretches gaps, left, ranges; int64_t depth; } Space; /* depth: TOP less the lowest */
 
 typedef struct {
-    Block *blocks; int32_t count, room;
-    Bin *bins; int32_t bin_count, bin_room; /* by ascending size */
+    Bin *bins; int32_t count, room; /* by ascending size */
     int32_t hints[256]; /* by a hash of the size, where its bin was last */
+} Bins;
+
+enum { SMALL_POOL, LARGE_POOL, POOLS };
+
+typedef struct {
+    Block *blocks; int32_t count, room;
+    Bins bins[POOLS];
     int32_t *held; int64_t held_room;
     Space space;
-    int64_t allocated, peak_allocated, reserved, peak_reserved, small, small_peak;
+    int64_t allocated, peak_allocated, reserved, peak_reserved;
     int64_t refused; /* the least of the reserves that a cap has refused */
     int64_t changes, changes_before; /* of the segments: now, and when the last part started */
-} Pool;
+} Pool; /* both pools */
 
 typedef struct { Py_buffer events, sizes; int64_t base; int flags; } Part;
 typedef struct { Py_ssize_t part, event; } Place;
@@ -143,13 +148,13 @@ static int space_give(Space *s, int64_t address, int64_t size) {
     return stretch_join(&s->gaps, range.address, range.size, 0, TOP, &joined);
 }
 
-static int32_t bin_place(Pool *p, int64_t size) {
-    int32_t *hint = &p->hints[(uint64_t)size * 0x9E3779B97F4A7C15u >> 56];
-    if (*hint < p->bin_count && p->bins[*hint].size == size) return *hint;
-    int32_t low = 0, high = p->bin_count;
+static int32_t bin_place(Bins *l, int64_t size) {
+    int32_t *hint = &l->hints[(uint64_t)size * 0x9E3779B97F4A7C15u >> 56];
+    if (*hint < l->count && l->bins[*hint].size == size) return *hint;
+    int32_t low = 0, high = l->count;
     while (low < high) {
         int32_t middle = (low + high) / 2;
-        if (p->bins[middle].size < size) low = middle + 1;
+        if (l->bins[middle].size < size) low = middle + 1;
         else high = middle;
     }
     return *hint = low;
@@ -169,30 +174,32 @@ static int32_t place_in(const Pool *p, const Bin *bin, int64_t address) {
 
 static void drop(Pool *p, int32_t block) {
     const Block *b = &p->blocks[block];
-    Bin *bin = &p->bins[bin_place(p, b->size)];
+    Bins *l = &p->bins[(int)b->kind];
+    Bin *bin = &l->bins[bin_place(l, b->size)];
     int32_t place = place_in(p, bin, b->address);
     bin->count--;
     for (; place < bin->count; place++) bin->blocks[place] = bin->blocks[place + 1];
 }
 
-static Bin *new_bin(Pool *p, int32_t place, int64_t size) {
-    if (p->bin_count == p->bin_room) {
-        int32_t room = p->bin_room ? 2 * p->bin_room : 128;
-        Bin *grown = realloc(p->bins, room * sizeof(Bin));
+static Bin *new_bin(Bins *l, int32_t place, int64_t size) {
+    if (l->count == l->room) {
+        int32_t room = l->room ? 2 * l->room : 128;
+        Bin *grown = realloc(l->bins, room * sizeof(Bin));
         if (!grown) return NULL;
-        p->bins = grown; p->bin_room = room;
+        l->bins = grown; l->room = room;
     }
-    memmove(p->bins + place + 1, p->bins + place, (p->bin_count - place) * sizeof(Bin));
-    p->bins[place] = (Bin){size, NULL, 0, 0};
-    p->bin_count++;
-    return &p->bins[place];
+    memmove(l->bins + place + 1, l->bins + place, (l->count - place) * sizeof(Bin));
+    l->bins[place] = (Bin){size, NULL, 0, 0};
+    l->count++;
+    return &l->bins[place];
 }
 
 static int keep(Pool *p, int32_t block) {
     Block *b = &p->blocks[block];
-    int32_t at = bin_place(p, b->size);
-    Bin *bin = at < p->bin_count && p->bins[at].size == b->size ? &p->bins[at]
-                                                                 : new_bin(p, at, b->size);
+    Bins *l = &p->bins[(int)b->kind];
+    int32_t at = bin_place(l, b->size);
+    Bin *bin = at < l->count && l->bins[at].size == b->size ? &l->bins[at]
+                                                            : new_bin(l, at, b->size);
     if (!bin) return 0;
     if (bin->count == bin->room) {
         int32_t room = bin->room ? 2 * bin->room : 8;
@@ -208,45 +215,46 @@ static int keep(Pool *p, int32_t block) {
 }
 
 /* The free block of the least size that holds it, of those the lowest; -1 for none. */
-static int32_t best_fit(Pool *p, int64_t size) {
-    int32_t first = bin_place(p, size), place = first;
-    while (place < p->bin_count && !p->bins[place].count) free(p->bins[place++].blocks);
+static int32_t best_fit(Bins *l, int64_t size) {
+    int32_t first = bin_place(l, size), place = first;
+    while (place < l->count && !l->bins[place].count) free(l->bins[place++].blocks);
     if (place > first) {
-        memmove(p->bins + first, p->bins + place, (p->bin_count - place) * sizeof(Bin));
-        p->bin_count -= place - first;
+        memmove(l->bins + first, l->bins + place, (l->count - place) * sizeof(Bin));
+        l->count -= place - first;
     }
-    if (first == p->bin_count) return -1;
-    return p->bins[first].blocks[--p->bins[first].count];
+    if (first == l->count) return -1;
+    return l->bins[first].blocks[--l->bins[first].count];
 }
 
-static int32_t fresh(Pool *p, int64_t size, int64_t address, int32_t prev, int32_t next) {
+static int32_t fresh(Pool *p, int64_t size, int64_t address, int32_t prev, int32_t next, char kind) {
     if (p->count == p->room) {
         int32_t room = p->room ? 2 * p->room : 4096;
         Block *grown = realloc(p->blocks, room * sizeof(Block));
         if (!grown) return -1;
         p->blocks = grown; p->room = room;
     }
-    p->blocks[p->count] = (Block){size, address, prev, next, 0};
+    p->blocks[p->count] = (Block){size, address, prev, next, 0, kind};
     return p->count++;
 }
 
 static int release_cached(Pool *p) {
     p->changes++;
-    for (int32_t i = 0; i < p->bin_count; i++) {
-        Bin *bin = &p->bins[i];
-        int32_t kept = bin->count, count = bin->count;
-        for (int32_t k = count - 1; k >= 0; k--) { /* the lowest address first */
-            Block *b = &p->blocks[bin->blocks[k]];
-            if (b->prev < 0 && b->next < 0) {
-                b->free = 0;
-                p->reserved -= b->size;
-                if (!space_give(&p->space, b->address, b->size)) return 0;
-            } else
-                bin->blocks[--kept] = bin->blocks[k];
+    for (int kind = LARGE_POOL; kind >= SMALL_POOL; kind--)
+        for (int32_t i = 0; i < p->bins[kind].count; i++) {
+            Bin *bin = &p->bins[kind].bins[i];
+            int32_t kept = bin->count, count = bin->count;
+            for (int32_t k = count - 1; k >= 0; k--) { /* the lowest address first */
+                Block *b = &p->blocks[bin->blocks[k]];
+                if (b->prev < 0 && b->next < 0) {
+                    b->free = 0;
+                    p->reserved -= b->size;
+                    if (!space_give(&p->space, b->address, b->size)) return 0;
+                } else
+                    bin->blocks[--kept] = bin->blocks[k];
+            }
+            memmove(bin->blocks, bin->blocks + kept, (count - kept) * sizeof(int32_t));
+            bin->count = count - kept;
         }
-        memmove(bin->blocks, bin->blocks + kept, (count - kept) * sizeof(int32_t));
-        bin->count = count - kept;
-    }
     return 1;
 }
 
@@ -280,11 +288,13 @@ static int give(Pool *p, int64_t key) {
 /* 1: taken; 0: the cap is too small; -1: no memory here; 2: more than `stop` would be reserved
  * (nothing is done then; -1 for no stop). */
 static int take(Pool *p, int64_t key, int64_t size, int64_t cap, int64_t stop) {
-    int32_t block = best_fit(p, size);
+    char kind = size <= SMALL ? SMALL_POOL : LARGE_POOL;
+    if (size < MIN_BLOCK) size = MIN_BLOCK;
+    int32_t block = best_fit(&p->bins[(int)kind], size);
     if (block >= 0) {
         p->blocks[block].free = 0;
     } else {
-        int64_t segment = size < MIN_LARGE
+        int64_t segment = kind == SMALL_POOL ? SMALL_BUFFER : size < MIN_LARGE
             ? LARGE_BUFFER : (size + ROUND_LARGE - 1) / ROUND_LARGE * ROUND_LARGE;
         if (stop >= 0 && p->reserved + segment > stop) return 2;
         if (cap >= 0 && p->reserved + segment > cap) {
@@ -299,13 +309,13 @@ static int take(Pool *p, int64_t key, int64_t size, int64_t cap, int64_t stop) {
         p->reserved += segment;
         if (p->reserved > p->peak_reserved) p->peak_reserved = p->reserved;
         int64_t address = space_take(&p->space, segment);
-        block = address < 0 ? -1 : fresh(p, segment, address, -1, -1);
+        block = address < 0 ? -1 : fresh(p, segment, address, -1, -1, kind);
         if (block < 0) return -1;
     }
     int64_t rest = p->blocks[block].size - size;
-    if (rest > MIN_REMAINDER) {
+    if (rest >= (kind == SMALL_POOL ? MIN_BLOCK : MIN_REMAINDER)) {
         int32_t next = p->blocks[block].next;
-        int32_t split = fresh(p, rest, p->blocks[block].address + size, block, next);
+        int32_t split = fresh(p, rest, p->blocks[block].address + size, block, next, kind);
         if (split < 0) return -1;
         if (next >= 0) p->blocks[next].prev = split;
         p->blocks[block].next = split;
@@ -314,6 +324,7 @@ static int take(Pool *p, int64_t key, int64_t size, int64_t cap, int64_t stop) {
     }
     p->held[key] = block;
     p->allocated += p->blocks[block].size;
+    if (p->allocated > p->peak_allocated) p->peak_allocated = p->allocated;
     return 1;
 }
 
@@ -332,25 +343,9 @@ static int run(Pool *p, const Part *part, Py_ssize_t *at, int64_t cap, int64_t s
     for (; *at < count; ++*at) {
         int64_t event = events[*at], index = event >= 0 ? event : ~event;
         if (index >= blocks) return -2;
-        int64_t size = sizes[index];
-        if (event < 0) {
-            if (size <= SMALL) {
-                p->small -= size;
-                continue;
-            }
-            int given = give(p, base + index);
-            if (given != 1) return given;
-            continue;
-        }
-        if (size <= SMALL) {
-            p->small += size;
-            if (p->small > p->small_peak) p->small_peak = p->small;
-        } else {
-            int taken = take(p, base + index, size, cap, stop);
-            if (taken != 1) return taken;
-        }
-        if (p->allocated + p->small > p->peak_allocated)
-            p->peak_allocated = p->allocated + p->small;
+        int state = event < 0 ? give(p, base + index)
+                              : take(p, base + index, sizes[index], cap, stop);
+        if (state != 1) return state;
     }
     return 1;
 }
@@ -363,7 +358,7 @@ static int run_all(Pool *p, const Part *parts, Py_ssize_t count, Place *at, int6
         int capped = part->flags & CAPPED;
         if (at->event == 0) p->changes_before = p->changes;
         if (part->flags & RESET && at->event == 0) {
-            p->peak_allocated = p->allocated + p->small;
+            p->peak_allocated = p->allocated;
             p->peak_reserved = p->reserved;
         }
         int state = run(p, part, &at->event, capped ? cap : -1, capped ? stop : -1);
@@ -402,8 +397,10 @@ static Part *read_parts(PyObject *sequence, Py_ssize_t *count) {
 
 static void drop_pool(Pool *p) {
     free(p->blocks);
-    for (int32_t i = 0; i < p->bin_count; i++) free(p->bins[i].blocks);
-    free(p->bins);
+    for (int kind = 0; kind < POOLS; kind++) {
+        for (int32_t i = 0; i < p->bins[kind].count; i++) free(p->bins[kind].bins[i].blocks);
+        free(p->bins[kind].bins);
+    }
     free(p->held);
     free(p->space.gaps.items);
     free(p->space.left.items);
@@ -422,23 +419,31 @@ static int copy_stretches(Stretches *to, const Stretches *from) {
 static int copy_pool(Pool *to, const Pool *from) {
     drop_pool(to);
     *to = *from;
-    to->bin_count = 0; /* grows with the bins copied, for drop_pool */
+    for (int kind = 0; kind < POOLS; kind++) {
+        to->bins[kind].count = 0; /* grows with the bins copied, for drop_pool */
+        to->bins[kind].bins = NULL;
+    }
     to->space.gaps.items = to->space.left.items = to->space.ranges.items = NULL;
     to->blocks = malloc((from->room + 1) * sizeof(Block));
-    to->bins = malloc((from->bin_room + 1) * sizeof(Bin));
     to->held = malloc((from->held_room + 1) * sizeof(int32_t));
     if (!copy_stretches(&to->space.gaps, &from->space.gaps)
         || !copy_stretches(&to->space.left, &from->space.left)
         || !copy_stretches(&to->space.ranges, &from->space.ranges)) return -1;
-    if (!to->blocks || !to->bins || !to->held) return -1;
+    if (!to->blocks || !to->held) return -1;
     if (from->count) memcpy(to->blocks, from->blocks, from->count * sizeof(Block));
     if (from->held_room) memcpy(to->held, from->held, from->held_room * sizeof(int32_t));
-    for (int32_t i = 0; i < from->bin_count; i++) {
-        Bin *bin = &to->bins[i];
-        *bin = from->bins[i];
-        if (!(bin->blocks = malloc((bin->room + 1) * sizeof(int32_t)))) return -1;
-        if (bin->count) memcpy(bin->blocks, from->bins[i].blocks, bin->count * sizeof(int32_t));
-        to->bin_count++;
+    for (int kind = 0; kind < POOLS; kind++) {
+        Bins *l = &to->bins[kind];
+        const Bins *source = &from->bins[kind];
+        if (!(l->bins = malloc((source->room + 1) * sizeof(Bin)))) return -1;
+        for (int32_t i = 0; i < source->count; i++) {
+            Bin *bin = &l->bins[i];
+            *bin = source->bins[i];
+            if (!(bin->blocks = malloc((bin->room + 1) * sizeof(int32_t)))) return -1;
+            if (bin->count)
+                memcpy(bin->blocks, source->bins[i].blocks, bin->count * sizeof(int32_t));
+            l->count++;
+        }
     }
     return 1;
 }
@@ -461,9 +466,8 @@ static PyObject *replay(PyObject *self, PyObject *args) {
     int state = run_all(&pool, parts, count, &at, cap, -1);
     drop_parts(parts, count);
     PyObject *result = state < 0 ? failed(state) : Py_BuildValue(
-        "(OLLLLLL)", state ? Py_True : Py_False, (long long)(pool.allocated + pool.small),
-        (long long)pool.peak_allocated, (long long)pool.reserved, (long long)pool.peak_reserved,
-        (long long)pool.small, (long long)pool.small_peak);
+        "(OLLLL)", state ? Py_True : Py_False, (long long)pool.allocated,
+        (long long)pool.peak_allocated, (long long)pool.reserved, (long long)pool.peak_reserved);
     drop_pool(&pool);
     return result;
 }
@@ -504,10 +508,9 @@ static int completes(Search *s, int64_t cap) {
 static int repeats(const Pool *p, const Part *last, const Part *again) {
     if (p->changes != p->changes_before || last->base != again->base
         || last->events.buf != again->events.buf || last->sizes.buf != again->sizes.buf) return 0;
-    const int64_t *events = again->events.buf, *sizes = again->sizes.buf;
+    const int64_t *events = again->events.buf;
     int64_t net = 0;
-    for (Py_ssize_t i = 0; i < again->events.len / 8; i++)
-        if (sizes[events[i] >= 0 ? events[i] : ~events[i]] > SMALL) net += events[i] >= 0 ? 1 : -1;
+    for (Py_ssize_t i = 0; i < again->events.len / 8; i++) net += events[i] >= 0 ? 1 : -1;
     for (Py_ssize_t i = 0; i < again->sizes.len / 8 && !net; i++)
         net = p->held[again->base + i] >= 0;
     return !net;
@@ -553,80 +556,68 @@ static int search(Search *s, const Part *again, int64_t low, int64_t high, int64
     return state;
 }
 
-/* The most bytes of live tensors in the parts, from those live before; small ones apart too. */
-static int live_peaks(const Part *parts, Py_ssize_t count, int64_t live, int64_t *peak,
-                      int64_t small, int64_t *small_peak) {
+/* The most bytes of live tensors in the parts, from those live before. */
+static int live_peak(const Part *parts, Py_ssize_t count, int64_t live, int64_t *peak) {
     *peak = live;
-    *small_peak = small;
     for (Py_ssize_t i = 0; i < count; i++) {
         const int64_t *events = parts[i].events.buf, *sizes = parts[i].sizes.buf;
         Py_ssize_t blocks = parts[i].sizes.len / 8;
         for (Py_ssize_t k = 0; k < parts[i].events.len / 8; k++) {
             int64_t event = events[k], index = event >= 0 ? event : ~event;
             if (index >= blocks) return -2;
-            int64_t size = event >= 0 ? sizes[index] : -sizes[index];
-            live += size;
+            live += event >= 0 ? sizes[index] : -sizes[index];
             if (live > *peak) *peak = live;
-            if (sizes[index] > SMALL) continue;
-            small += size;
-            if (small > *small_peak) *small_peak = small;
         }
     }
     return 1;
 }
 
-static int64_t up(int64_t size, int64_t granule) { return (size + granule - 1) / granule * granule; }
-
-typedef struct { int64_t allocated, load_peak, peak_allocated, peak_reserved, small_peak, cap; } Settled;
+typedef struct { int64_t allocated, load_peak, peak_allocated, peak_reserved, cap; } Settled;
 
 static int settle_all(Search *s, const Part *load, Py_ssize_t loads, const Part *again,
-                      int64_t small_buffer, int64_t step, int64_t resolution, Settled *r) {
+                      int64_t step, int64_t resolution, Settled *r) {
     Pool *pool = &s->passed; /* without a cap: what every cap from its reserve on does, too */
     Place at = {0, 0};
-    int64_t peak, small_peak;
+    int64_t least;
     int state = run_all(pool, load, loads, &at, -1, -1);
     if (state < 0) return state;
-    r->allocated = pool->allocated + pool->small;
+    r->allocated = pool->allocated;
     r->load_peak = pool->peak_allocated;
     int64_t reserved = pool->reserved;
-    state = live_peaks(s->parts, s->count, r->allocated, &peak, pool->small, &small_peak);
+    state = live_peak(s->parts, s->count, r->allocated, &least);
     if (state < 0) return state;
-    if (small_peak < pool->small_peak) small_peak = pool->small_peak;
-    int64_t least = peak - up(small_peak, small_buffer);
     state = run_all(pool, s->parts, s->count, &s->at, -1, least > reserved ? least : reserved);
     if (state < 0 || copy_pool(&s->before, pool) < 0) return state < 0 ? state : -1;
     at = s->at;
     state = run_all(pool, s->parts, s->count, &at, -1, -1);
     if (state < 0) return state;
     r->peak_allocated = pool->peak_allocated;
-    r->small_peak = pool->small_peak;
     r->peak_reserved = s->passes_from = s->passed_from = pool->peak_reserved;
     s->passed_below = INT64_MAX;
-    int64_t low = r->peak_allocated - up(r->small_peak, small_buffer);
-    return search(s, again, low > reserved ? low : reserved, r->peak_reserved, step, resolution,
+    return search(s, again, r->peak_allocated > reserved ? r->peak_allocated : reserved, r->peak_reserved, step, resolution,
                   &r->cap);
 }
 
 static PyObject *settle(PyObject *self, PyObject *args) {
     PyObject *loading, *steps, *later;
-    long long small_buffer, step, resolution;
+    long long step, resolution;
     Py_ssize_t loads = 0, count = 0, one = 0;
-    if (!PyArg_ParseTuple(args, "OOOLLL", &loading, &steps, &later, &small_buffer, &step,
-                          &resolution)) return NULL;
-    if (small_buffer < 1 || step < 1 || resolution < 1) return failed(-2);
+    if (!PyArg_ParseTuple(args, "OOOLL", &loading, &steps, &later, &step, &resolution))
+        return NULL;
+    if (step < 1 || resolution < 1) return failed(-2);
     PyObject *tuple = PyTuple_Pack(1, later), *result = NULL;
     Part *load = read_parts(loading, &loads), *parts = load ? read_parts(steps, &count) : NULL;
     Part *again = parts && tuple ? read_parts(tuple, &one) : NULL;
     if (again) {
         Search s = {.parts = parts, .count = count};
         Settled r = {0};
-        int state = settle_all(&s, load, loads, again, small_buffer, step, resolution, &r);
+        int state = settle_all(&s, load, loads, again, step, resolution, &r);
         drop_pool(&s.before);
         drop_pool(&s.pool);
         drop_pool(&s.passed);
         result = state < 0 ? failed(state) : Py_BuildValue(
-            "(LLLLLL)", (long long)r.allocated, (long long)r.load_peak, (long long)r.peak_allocated,
-            (long long)r.peak_reserved, (long long)r.small_peak, (long long)r.cap);
+            "(LLLLL)", (long long)r.allocated, (long long)r.load_peak, (long long)r.peak_allocated,
+            (long long)r.peak_reserved, (long long)r.cap);
     }
     if (load) drop_parts(load, loads);
     if (parts) drop_parts(parts, count);
@@ -674,6 +665,6 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_replay", NULL, -1, methods};
 PyMODINIT_FUNC PyInit__replay(void) {
     PyObject *made = PyModule_Create(&module);
-    if (made && PyModule_AddIntConstant(made, "VERSION", 2) < 0) Py_CLEAR(made); /* pools.py */
+    if (made && PyModule_AddIntConstant(made, "VERSION", 3) < 0) Py_CLEAR(made); /* pools.py */
     return made;
 }

@@ -20,7 +20,7 @@ SMALL_BUFFER_BYTES = 2 << 20  # kSmallBuffer: a segment of the small pool
 LARGE_BUFFER_BYTES = 20 << 20  # kLargeBuffer: a segment for requests below kMinLargeAlloc
 MIN_LARGE_BYTES = 10 << 20  # kMinLargeAlloc
 ROUND_LARGE_BYTES = 2 << 20  # kRoundLarge
-_ADDRESS_BITS = 48
+_ADDRESS_BITS = 60
 _ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
 _EXPANDABLE_SPACE = LARGE_BUFFER_BYTES << 19  # of addresses, 10 TiB: more than any card
 

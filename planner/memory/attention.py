@@ -83,7 +83,7 @@ def flash(t: Engine, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Te
     dtype = q.dtype
     out = _like_bshd(t, q.shape, dtype, "attention")
     lse = t.new((batch, heads, length), F32, "attention log-sum-exp")
-    seed = t.new((2,), INT64, "attention rng")
+    seed, offset = t.new((2,), INT64, "attention rng"), t.new((), INT64, "attention rng")
     flops = 4 * batch * heads * length * keys * dim // (2 if causal else 1)
     traffic = dtype.itemsize * (prod(q.shape) * 2 + prod(k.shape) * 2)
     t.count_matmul(flops, traffic, dtype)
@@ -99,7 +99,7 @@ def flash(t: Engine, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Te
         del held
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
-    return t.record(out, (q, k, v), (q, k, v, out, lse, seed, seed), backward)
+    return t.record(out, (q, k, v), (q, k, v, out, lse, seed, offset), backward)
 
 
 def flash_buffers(
@@ -225,7 +225,7 @@ def efficient(
     recorded = t.wants_grad(q)
     rows = (length + 31) // 32 * 32 * recorded
     lse = t.new((batch, heads, rows), F32, "attention log-sum-exp")
-    seed = t.new((), INT64, "attention rng")
+    seed, offset = (t.new((), INT64, "attention rng") for _ in range(2))
     flops = 4 * batch * heads * length * keys * dim // (2 if causal else 1)
     traffic = dtype.itemsize * (prod(q.shape) * 2 + prod(k.shape) * 2)
     t.count_matmul(flops, traffic, dtype)
@@ -242,7 +242,7 @@ def efficient(
         made: list[Tensor | None] = [*grads, None]
         return tuple(grad if need else None for grad, need in zip(made, needs, strict=True))
 
-    return t.record(out, (q, k, v, bias), (q, k, v, bias, out, lse, seed), backward)
+    return t.record(out, (q, k, v, bias), (q, k, v, bias, out, lse, seed, offset), backward)
 
 
 def _like_bshd(t: Engine, shape: Shape, dtype: DType, op: str) -> Tensor:

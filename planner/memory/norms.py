@@ -14,8 +14,8 @@ def rms_norm(t: Engine, weight: Tensor, x: Tensor) -> Tensor:
     """LlamaRMSNorm.forward: statistics in fp32, the weight applied in the input's dtype."""
     source = x.dtype
     h = t.to(x, F32)
-    inverse = t.rsqrt(t.add_scalar(t.mean_last(t.pow2(h))))
-    h = t.mul(h, inverse)
+    variance = t.mean_last(t.pow2(h))  # a name in its code: there until it returns
+    h = t.mul(h, t.rsqrt(t.add_scalar(variance)))
     return t.mul(weight, t.to(h, source))
 
 

@@ -9,7 +9,7 @@ split off, so what torch reports as allocated comes from here too.
 from array import array
 from typing import NamedTuple
 
-from planner.memory.allocator import LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES
+from planner.memory.allocator import LARGE_BUFFER_BYTES
 from planner.memory.expandable import expandable_replay
 from planner.memory.loaded import Loaded
 from planner.memory.loading import Loading
@@ -56,10 +56,9 @@ def _reserve(load: list[Part], run: list[Part], expandable_segments: bool) -> Re
     steps = [part._replace(flags=CAPPED) for part in run]  # the second has states
     steps[0] = steps[0]._replace(flags=CAPPED | RESET)
     found = settle(load, steps, steps[-1], RESOLUTION)
-    small = -(-found.small_peak // SMALL_BUFFER_BYTES) * SMALL_BUFFER_BYTES
     return Reserve(
-        found.allocated, found.load_peak_allocated, found.peak_allocated,
-        found.peak_reserved + small, found.cap + small,
+        found.allocated, found.load_peak_allocated, found.peak_allocated, found.peak_reserved,
+        found.cap,
     )  # fmt: skip
 
 

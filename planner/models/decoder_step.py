@@ -59,6 +59,9 @@ class Decoder:
         its own."""
         t, kinds = self.t, self.loaded.layer_kinds(self.g.layer_types)
         self.rows = hidden.shape[0], hidden.shape[1]
+        counted = t.new((hidden.shape[1],), INT64, "arange (positions)")
+        _position_ids = t.new(counted.shape, INT64, "add (positions)")
+        del counted
         masks = masks or {kind: self._mask(kind, hidden) for kind in dict.fromkeys(kinds)}
         if self.g.rotary_by_layer_type:
             rotary = {kind: self._positions(hidden) for kind in dict.fromkeys(kinds)}
@@ -231,14 +234,19 @@ class Decoder:
         t, length = self.t, hidden.shape[1]
         d = int(self.g.head_dim * self.g.partial_rotary_factor)
         with t.recorder.scope(f"{self.prefix}rotary_emb"):
-            position = t.new((1, length), INT64, "arange")
             as_float = t.new((1, 1, length), F32, "to")
             freqs = t.new((1, d // 2, length), F32, "bmm")
             emb = t.new((1, length, d), F32, "cat")
-            raw_cos, raw_sin = t.new(emb.shape, F32, "cos"), t.new(emb.shape, F32, "sin")
-            cos, sin = t.new(emb.shape, F32, "mul"), t.new(emb.shape, F32, "mul")
-            del raw_cos, raw_sin, freqs, as_float, position
+            cos, sin = (self._scaled(emb.shape, name) for name in ("cos", "sin"))
+            del freqs, as_float
             return t.to(cos, hidden.dtype), t.to(sin, hidden.dtype)
+
+    def _scaled(self, shape: tuple[Any, ...], name: str) -> Tensor:
+        """cos or sin, times attention_scaling."""
+        angles = self.t.new(shape, F32, name)
+        scaled = self.t.new(shape, F32, "mul")
+        del angles
+        return scaled
 
     def _rotate(self, q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """apply_rotary_pos_emb: q * cos + rotate_half(q) * sin, and for k. Phi-3 turns the first
