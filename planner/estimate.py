@@ -159,7 +159,9 @@ def inputs_bytes(program: Program) -> int:
     recorder = program.recorder
     forward = next(i.start for i in recorder.instants if i.name == "forward")
     made = [recorder.blocks[index] for index in recorder.events[:forward] if index >= 0]
-    return sum(block.nbytes for block in made if block.category == "inputs")
+    inputs = [block for block in made if block.category == "inputs"]
+    batches = sum(block.op == "input_ids" for block in inputs)  # those of all micro batches
+    return sum(block.nbytes for block in inputs) // max(1, batches)
 
 
 def assemble(spec: RunSpec, model: Model, device: Device, program: Program) -> Estimate:

@@ -78,13 +78,15 @@ def levers(answer: Estimate) -> list[Lever]:
     return [_weigh(answer, outline) for outline in _outlines(answer)]
 
 
-def cheapest(answer: Estimate, most: int = 6) -> list[Lever]:
+def cheapest(answer: Estimate, most: int | None = None) -> list[Lever]:
     """What to change: towards fitting, or where it fits, towards more speed or room.
 
     Ordered: those that make it fit before those that do not; among these what does not touch the
     training first; then by time lost, then by bytes saved. The live bytes, known without replaying
-    the allocator, choose which are weighed in full.
+    the allocator, choose which are weighed in full. most: None is 6, or 3 where the run fits.
     """
+    if most is None:
+        most = 3 if answer.verdict == "fits" else 6
     outlines = sorted(_outlines(answer), key=lambda o: _order(answer, o.verdict, o))
     chosen = [o for o in outlines if _is_useful(answer, o, o.verdict) or not o.saved_bytes]
     best: list[Lever] = []

@@ -1,7 +1,7 @@
 /* torch's caching allocator: planner/memory/pools.py, in C, for speed.
  *
  * replay(parts, cap) -> (ok, allocated, peak_allocated, reserved, peak_reserved)
- * settle(load, steps, again, step, resolution) ->
+ * settle(load, steps, again, times, step, resolution) ->
  *     (allocated and its peak after load, peak_allocated, peak_reserved, cap)
  * shifted(events, starts, shifts, steps, times) -> events
  *
@@ -23,7 +23,7 @@ static const int64_t MIN_BLOCK = 512, SMALL = 1 << 20, MIN_REMAINDER = (1 << 20)
 
 typedef struct { int64_t size, address; int32_t prev, next; char free, kind; } Block;
 /* Free blocks of one size, the lowest address last. An empty bin stays until a search meets it. */
-typedef struct { int64_t size; int32_t *blocks; int32_t count, room; } Bin;
+typedef struct { int32_t *blocks; int32_t count, room; } Bin;
 
 typedef struct { int64_t address, size; } Stretch;
 typedef struct { Stretch *items; int32_t count, room; } Stretches; /* by ascending address */
@@ -32,7 +32,8 @@ typedef struct { Stretch *items; int32_t count, room; } Stretches; /* by ascendi
 typedef struct { Stretches gaps, left, ranges; int64_t depth; } Space; /* depth: TOP less the lowest */
 
 typedef struct {
-    Bin *bins; int32_t count, room; /* by ascending size */
+    int64_t *sizes; Bin *bins; int32_t count, room; /* by ascending size */
+    Bin *spare; int32_t spares; /* lists to use again, as many as room at most */
     int32_t hints[256]; /* by a hash of the size, where its bin was last */
 } Bins;
 
@@ -40,6 +41,7 @@ enum { SMALL_POOL, LARGE_POOL, POOLS };
 
 typedef struct {
     Block *blocks; int32_t count, room;
+    int32_t spare; /* one more than a slot that is free to use, linked by `next`; 0 for none */
     Bins bins[POOLS];
     int32_t *held; int64_t held_room;
     Space space;
@@ -150,14 +152,15 @@ static int space_give(Space *s, int64_t address, int64_t size) {
 
 static int32_t bin_place(Bins *l, int64_t size) {
     int32_t *hint = &l->hints[(uint64_t)size * 0x9E3779B97F4A7C15u >> 56];
-    if (*hint < l->count && l->bins[*hint].size == size) return *hint;
-    int32_t low = 0, high = l->count;
-    while (low < high) {
-        int32_t middle = (low + high) / 2;
-        if (l->bins[middle].size < size) low = middle + 1;
-        else high = middle;
+    const int64_t *sizes = l->sizes;
+    if (*hint < l->count && sizes[*hint] == size) return *hint;
+    int32_t low = 0, left = l->count;
+    while (left > 1) { /* without a branch that a processor would guess wrong */
+        int32_t half = left / 2;
+        low += sizes[low + half - 1] < size ? half : 0;
+        left -= half;
     }
-    return *hint = low;
+    return *hint = low + (left == 1 && sizes[low] < size);
 }
 
 /* Where a block of this address is in its bin, or would be. */
@@ -181,25 +184,45 @@ static void drop(Pool *p, int32_t block) {
     for (; place < bin->count; place++) bin->blocks[place] = bin->blocks[place + 1];
 }
 
+static int room_for_bin(Bins *l) {
+    if (l->count < l->room) return 1;
+    int32_t room = l->room ? 2 * l->room : 128;
+    int64_t *sizes = realloc(l->sizes, room * sizeof(int64_t));
+    if (sizes) l->sizes = sizes;
+    Bin *bins = realloc(l->bins, room * sizeof(Bin));
+    if (bins) l->bins = bins;
+    Bin *spare = realloc(l->spare, room * sizeof(Bin));
+    if (spare) l->spare = spare;
+    if (!sizes || !bins || !spare) return 0;
+    l->room = room;
+    return 1;
+}
+
 static Bin *new_bin(Bins *l, int32_t place, int64_t size) {
-    if (l->count == l->room) {
-        int32_t room = l->room ? 2 * l->room : 128;
-        Bin *grown = realloc(l->bins, room * sizeof(Bin));
-        if (!grown) return NULL;
-        l->bins = grown; l->room = room;
-    }
+    if (!room_for_bin(l)) return NULL;
+    memmove(l->sizes + place + 1, l->sizes + place, (l->count - place) * sizeof(int64_t));
     memmove(l->bins + place + 1, l->bins + place, (l->count - place) * sizeof(Bin));
-    l->bins[place] = (Bin){size, NULL, 0, 0};
+    l->sizes[place] = size;
+    l->bins[place] = l->spares ? l->spare[--l->spares] : (Bin){NULL, 0, 0};
     l->count++;
     return &l->bins[place];
+}
+
+/* The bins from `first` to `after`, which are empty, go. */
+static void drop_bins(Bins *l, int32_t first, int32_t after) {
+    for (int32_t place = first; place < after; place++)
+        if (l->spares < l->room) l->spare[l->spares++] = l->bins[place];
+        else free(l->bins[place].blocks);
+    memmove(l->sizes + first, l->sizes + after, (l->count - after) * sizeof(int64_t));
+    memmove(l->bins + first, l->bins + after, (l->count - after) * sizeof(Bin));
+    l->count -= after - first;
 }
 
 static int keep(Pool *p, int32_t block) {
     Block *b = &p->blocks[block];
     Bins *l = &p->bins[(int)b->kind];
     int32_t at = bin_place(l, b->size);
-    Bin *bin = at < l->count && l->bins[at].size == b->size ? &l->bins[at]
-                                                            : new_bin(l, at, b->size);
+    Bin *bin = at < l->count && l->sizes[at] == b->size ? &l->bins[at] : new_bin(l, at, b->size);
     if (!bin) return 0;
     if (bin->count == bin->room) {
         int32_t room = bin->room ? 2 * bin->room : 8;
@@ -217,24 +240,33 @@ static int keep(Pool *p, int32_t block) {
 /* The free block of the least size that holds it, of those the lowest; -1 for none. */
 static int32_t best_fit(Bins *l, int64_t size) {
     int32_t first = bin_place(l, size), place = first;
-    while (place < l->count && !l->bins[place].count) free(l->bins[place++].blocks);
-    if (place > first) {
-        memmove(l->bins + first, l->bins + place, (l->count - place) * sizeof(Bin));
-        l->count -= place - first;
-    }
+    while (place < l->count && !l->bins[place].count) place++;
+    if (place > first) drop_bins(l, first, place);
     if (first == l->count) return -1;
     return l->bins[first].blocks[--l->bins[first].count];
 }
 
 static int32_t fresh(Pool *p, int64_t size, int64_t address, int32_t prev, int32_t next, char kind) {
-    if (p->count == p->room) {
-        int32_t room = p->room ? 2 * p->room : 4096;
-        Block *grown = realloc(p->blocks, room * sizeof(Block));
-        if (!grown) return -1;
-        p->blocks = grown; p->room = room;
+    int32_t slot = p->spare - 1;
+    if (slot >= 0) {
+        p->spare = p->blocks[slot].next;
+    } else {
+        if (p->count == p->room) {
+            int32_t room = p->room ? 2 * p->room : 4096;
+            Block *grown = realloc(p->blocks, room * sizeof(Block));
+            if (!grown) return -1;
+            p->blocks = grown; p->room = room;
+        }
+        slot = p->count++;
     }
-    p->blocks[p->count] = (Block){size, address, prev, next, 0, kind};
-    return p->count++;
+    p->blocks[slot] = (Block){size, address, prev, next, 0, kind};
+    return slot;
+}
+
+static void forget(Pool *p, int32_t block) {
+    p->blocks[block].free = 0;
+    p->blocks[block].next = p->spare;
+    p->spare = block + 1;
 }
 
 static int release_cached(Pool *p) {
@@ -246,9 +278,9 @@ static int release_cached(Pool *p) {
             for (int32_t k = count - 1; k >= 0; k--) { /* the lowest address first */
                 Block *b = &p->blocks[bin->blocks[k]];
                 if (b->prev < 0 && b->next < 0) {
-                    b->free = 0;
                     p->reserved -= b->size;
                     if (!space_give(&p->space, b->address, b->size)) return 0;
+                    forget(p, bin->blocks[k]);
                 } else
                     bin->blocks[--kept] = bin->blocks[k];
             }
@@ -261,7 +293,6 @@ static int release_cached(Pool *p) {
 static void absorb(Pool *p, int32_t block, int32_t other, int before) {
     Block *b = &p->blocks[block], *o = &p->blocks[other];
     drop(p, other);
-    o->free = 0;
     b->size += o->size;
     if (before) {
         b->address = o->address;
@@ -271,6 +302,7 @@ static void absorb(Pool *p, int32_t block, int32_t other, int before) {
         b->next = o->next;
         if (b->next >= 0) p->blocks[b->next].prev = block;
     }
+    forget(p, other);
 }
 
 /* 1: given; -1: no memory here; -2: nothing is held under this key. */
@@ -350,12 +382,28 @@ static int run(Pool *p, const Part *part, Py_ssize_t *at, int64_t cap, int64_t s
     return 1;
 }
 
+/* 1 if `again`, like the last part, which it repeats, only releases what it allocates. Where the
+ * last part took and gave back no segment, it left the pool as it found it: free blocks join, so
+ * segments and held blocks tell all. Then `again` meets what the last part met. */
+static int repeats(const Pool *p, const Part *last, const Part *again) {
+    if (p->changes != p->changes_before || last->base != again->base || last->flags & RELEASE
+        || again->flags & RESET
+        || last->events.buf != again->events.buf || last->sizes.buf != again->sizes.buf) return 0;
+    const int64_t *events = again->events.buf;
+    int64_t net = 0;
+    for (Py_ssize_t i = 0; i < again->events.len / 8; i++) net += events[i] >= 0 ? 1 : -1;
+    for (Py_ssize_t i = 0; i < again->sizes.len / 8 && !net; i++)
+        net = p->held[again->base + i] >= 0;
+    return !net;
+}
+
 /* Parts from `*at` on. `stop` holds where the cap does. */
 static int run_all(Pool *p, const Part *parts, Py_ssize_t count, Place *at, int64_t cap,
                    int64_t stop) {
     for (; at->part < count; at->part++, at->event = 0) {
         const Part *part = &parts[at->part];
         int capped = part->flags & CAPPED;
+        if (at->event == 0 && at->part > 0 && repeats(p, part - 1, part)) continue;
         if (at->event == 0) p->changes_before = p->changes;
         if (part->flags & RESET && at->event == 0) {
             p->peak_allocated = p->allocated;
@@ -398,8 +446,12 @@ static Part *read_parts(PyObject *sequence, Py_ssize_t *count) {
 static void drop_pool(Pool *p) {
     free(p->blocks);
     for (int kind = 0; kind < POOLS; kind++) {
-        for (int32_t i = 0; i < p->bins[kind].count; i++) free(p->bins[kind].bins[i].blocks);
-        free(p->bins[kind].bins);
+        Bins *l = &p->bins[kind];
+        for (int32_t i = 0; i < l->count; i++) free(l->bins[i].blocks);
+        for (int32_t i = 0; i < l->spares; i++) free(l->spare[i].blocks);
+        free(l->sizes);
+        free(l->bins);
+        free(l->spare);
     }
     free(p->held);
     free(p->space.gaps.items);
@@ -420,8 +472,10 @@ static int copy_pool(Pool *to, const Pool *from) {
     drop_pool(to);
     *to = *from;
     for (int kind = 0; kind < POOLS; kind++) {
-        to->bins[kind].count = 0; /* grows with the bins copied, for drop_pool */
-        to->bins[kind].bins = NULL;
+        Bins *l = &to->bins[kind];
+        l->count = l->spares = 0; /* grows with the bins copied, for drop_pool */
+        l->sizes = NULL;
+        l->bins = l->spare = NULL;
     }
     to->space.gaps.items = to->space.left.items = to->space.ranges.items = NULL;
     to->blocks = malloc((from->room + 1) * sizeof(Block));
@@ -435,7 +489,11 @@ static int copy_pool(Pool *to, const Pool *from) {
     for (int kind = 0; kind < POOLS; kind++) {
         Bins *l = &to->bins[kind];
         const Bins *source = &from->bins[kind];
-        if (!(l->bins = malloc((source->room + 1) * sizeof(Bin)))) return -1;
+        l->sizes = malloc((source->room + 1) * sizeof(int64_t));
+        l->bins = malloc((source->room + 1) * sizeof(Bin));
+        l->spare = malloc((source->room + 1) * sizeof(Bin));
+        if (!l->sizes || !l->bins || !l->spare) return -1;
+        if (source->count) memcpy(l->sizes, source->sizes, source->count * sizeof(int64_t));
         for (int32_t i = 0; i < source->count; i++) {
             Bin *bin = &l->bins[i];
             *bin = source->bins[i];
@@ -502,22 +560,8 @@ static int completes(Search *s, int64_t cap) {
     return state;
 }
 
-/* 1 if `again`, like the last part, which it repeats, only releases what it allocates. Where the
- * last part took and gave back no segment, it left the pool as it found it: free blocks join, so
- * segments and held blocks tell all. Then `again` meets what the last part met. */
-static int repeats(const Pool *p, const Part *last, const Part *again) {
-    if (p->changes != p->changes_before || last->base != again->base
-        || last->events.buf != again->events.buf || last->sizes.buf != again->sizes.buf) return 0;
-    const int64_t *events = again->events.buf;
-    int64_t net = 0;
-    for (Py_ssize_t i = 0; i < again->events.len / 8; i++) net += events[i] >= 0 ? 1 : -1;
-    for (Py_ssize_t i = 0; i < again->sizes.len / 8 && !net; i++)
-        net = p->held[again->base + i] >= 0;
-    return !net;
-}
-
-/* 1 or 0: `again` completes after the parts, or not. */
-static int settles(Search *s, const Part *again, int64_t cap) {
+/* 1 or 0: `again`, so many times, completes after the parts, or not. */
+static int settles(Search *s, const Part *again, int times, int64_t cap) {
     if (cap < s->passed_from || cap >= s->passed_below) {
         s->passes_from = INT64_MAX;
         s->fails_below = -1;
@@ -526,11 +570,17 @@ static int settles(Search *s, const Part *again, int64_t cap) {
     }
     if (s->count && repeats(&s->passed, &s->parts[s->count - 1], again)) return 1;
     if (copy_pool(&s->pool, &s->passed) < 0) return -1;
-    Py_ssize_t event = 0;
-    return run(&s->pool, again, &event, cap, -1);
+    int state = 1;
+    for (int turn = 0; turn < times && state == 1; turn++) {
+        Py_ssize_t event = 0;
+        s->pool.changes_before = s->pool.changes;
+        state = run(&s->pool, again, &event, cap, -1);
+        if (state == 1 && repeats(&s->pool, again, again)) break;
+    }
+    return state;
 }
 
-static int search(Search *s, const Part *again, int64_t low, int64_t high, int64_t step,
+static int search(Search *s, const Part *again, int times, int64_t low, int64_t high, int64_t step,
                   int64_t resolution, int64_t *found) {
     int state;
     s->fails_below = -1;
@@ -550,7 +600,7 @@ static int search(Search *s, const Part *again, int64_t low, int64_t high, int64
         if (state) high = middle;
         else low = middle;
     }
-    while ((state = settles(s, again, high)) == 0)
+    while ((state = settles(s, again, times, high)) == 0)
         high += step > high / resolution ? step : high / resolution;
     *found = high;
     return state;
@@ -574,7 +624,7 @@ static int live_peak(const Part *parts, Py_ssize_t count, int64_t live, int64_t 
 
 typedef struct { int64_t allocated, load_peak, peak_allocated, peak_reserved, cap; } Settled;
 
-static int settle_all(Search *s, const Part *load, Py_ssize_t loads, const Part *again,
+static int settle_all(Search *s, const Part *load, Py_ssize_t loads, const Part *again, int times,
                       int64_t step, int64_t resolution, Settled *r) {
     Pool *pool = &s->passed; /* without a cap: what every cap from its reserve on does, too */
     Place at = {0, 0};
@@ -594,24 +644,26 @@ static int settle_all(Search *s, const Part *load, Py_ssize_t loads, const Part 
     r->peak_allocated = pool->peak_allocated;
     r->peak_reserved = s->passes_from = s->passed_from = pool->peak_reserved;
     s->passed_below = INT64_MAX;
-    return search(s, again, r->peak_allocated > reserved ? r->peak_allocated : reserved, r->peak_reserved, step, resolution,
+    return search(s, again, times, r->peak_allocated > reserved ? r->peak_allocated : reserved, r->peak_reserved, step, resolution,
                   &r->cap);
 }
 
 static PyObject *settle(PyObject *self, PyObject *args) {
     PyObject *loading, *steps, *later;
     long long step, resolution;
+    int times;
     Py_ssize_t loads = 0, count = 0, one = 0;
-    if (!PyArg_ParseTuple(args, "OOOLL", &loading, &steps, &later, &step, &resolution))
+    if (!PyArg_ParseTuple(args, "OOOiLL", &loading, &steps, &later, &times, &step,
+                          &resolution))
         return NULL;
-    if (step < 1 || resolution < 1) return failed(-2);
+    if (step < 1 || resolution < 1 || times < 0) return failed(-2);
     PyObject *tuple = PyTuple_Pack(1, later), *result = NULL;
     Part *load = read_parts(loading, &loads), *parts = load ? read_parts(steps, &count) : NULL;
     Part *again = parts && tuple ? read_parts(tuple, &one) : NULL;
     if (again) {
         Search s = {.parts = parts, .count = count};
         Settled r = {0};
-        int state = settle_all(&s, load, loads, again, step, resolution, &r);
+        int state = settle_all(&s, load, loads, again, times, step, resolution, &r);
         drop_pool(&s.before);
         drop_pool(&s.pool);
         drop_pool(&s.passed);
@@ -665,6 +717,6 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_replay", NULL, -1, methods};
 PyMODINIT_FUNC PyInit__replay(void) {
     PyObject *made = PyModule_Create(&module);
-    if (made && PyModule_AddIntConstant(made, "VERSION", 3) < 0) Py_CLEAR(made); /* pools.py */
+    if (made && PyModule_AddIntConstant(made, "VERSION", 5) < 0) Py_CLEAR(made); /* pools.py */
     return made;
 }

@@ -23,7 +23,7 @@ from planner.memory.allocator import (
 try:
     from planner.memory import _replay  # type: ignore[attr-defined]
 
-    if getattr(_replay, "VERSION", 0) != 3:  # built from another source
+    if getattr(_replay, "VERSION", 0) != 5:  # built from another source
         _replay = None
 except ImportError:  # no compiler at installation
     _replay = None
@@ -76,17 +76,18 @@ class Settled(NamedTuple):
 
 
 def settle(
-    load: Sequence[Part], steps: Sequence[Part], again: Part, resolution: int
+    load: Sequence[Part], steps: Sequence[Part], again: Part, times: int, resolution: int
 ) -> Settled:  # fmt: skip
     """Replay loading and `steps` (all CAPPED, the first with RESET) without a cap, then find the
-    smallest: bisected to a part in `resolution`, then as much more as `again` wants after them."""
+    smallest: bisected to a part in `resolution`, then as much more as `again`, so many times, wants
+    after them: under a tight cap one step may pass and leave too little to the next."""
     if _replay is not None:
-        return Settled(*_replay.settle(load, steps, again, ROUND_LARGE_BYTES, resolution))
-    return settle_in_python(load, steps, again, resolution)
+        return Settled(*_replay.settle(load, steps, again, times, ROUND_LARGE_BYTES, resolution))
+    return settle_in_python(load, steps, again, times, resolution)
 
 
 def settle_in_python(
-    load: Sequence[Part], steps: Sequence[Part], again: Part, resolution: int
+    load: Sequence[Part], steps: Sequence[Part], again: Part, times: int, resolution: int
 ) -> Settled:  # fmt: skip
     """`settle` without the compiled module."""
     loaded = replay_parts(load)
@@ -104,7 +105,7 @@ def settle_in_python(
             high = middle
         else:
             low = middle
-    while not replay_parts([*load, *steps, again], high).ok:
+    while not replay_parts([*load, *steps, *[again] * times], high).ok:
         high += max(ROUND_LARGE_BYTES, high // resolution)
     return Settled(
         loaded.allocated, loaded.peak_allocated, free.peak_allocated, free.peak_reserved, high,

@@ -18,6 +18,9 @@ from planner.memory.program import Program
 from planner.memory.storage import Recorder
 
 RESOLUTION = 400  # the smallest cap is sought to a part in so many
+# Steps beside the first under one cap, and what must pass after them: a step may pass that leaves
+# too little to the next.
+_LATER, _AGAIN = 1, 2
 
 
 class Reserve(NamedTuple):
@@ -41,12 +44,13 @@ def reserve(
     the steps, in which the cap must hold, too (the peaks are those of training)."""
     load = loading_parts(program)
     first, later = step_parts(program, workspace_bytes)
-    found = _reserve(load, [*first, later], expandable_segments)
+    run = [*first, *[later] * _LATER]
+    found = _reserve(load, run, expandable_segments)
     if evaluation is None:
         return found
     taken = [part.base + len(part.sizes) for part in first]
     batch = Part(array("q", evaluation.events), array("q", evaluation.sizes), max(taken))
-    both = _reserve(load, [*first, later, batch], expandable_segments)
+    both = _reserve(load, [*run, batch], expandable_segments)
     return found._replace(required_bytes=max(found.required_bytes, both.required_bytes))
 
 
@@ -55,7 +59,7 @@ def _reserve(load: list[Part], run: list[Part], expandable_segments: bool) -> Re
         return _expandable([*load, *run])
     steps = [part._replace(flags=CAPPED) for part in run]  # the second has states
     steps[0] = steps[0]._replace(flags=CAPPED | RESET)
-    found = settle(load, steps, steps[-1], RESOLUTION)
+    found = settle(load, steps, steps[-1], _AGAIN, RESOLUTION)
     return Reserve(
         found.allocated, found.load_peak_allocated, found.peak_allocated, found.peak_reserved,
         found.cap,
