@@ -1,9 +1,9 @@
 """Every combination of a grid, each with what `fit` answers.
 
 Combinations are grouped by all that needs another run of the step. Within a group only sizes differ
-(micro batch, sequence), and what a run does not depend on: accumulation beyond two, the card and
-its memory, the schedule. A small grid is answered by `fit` throughout, a large one by
-planner.sweep_fast.
+(micro batch, sequence), the card and its memory, the schedule, and accumulation, each number of
+which is a run of its own where Trainer holds its inputs. A small grid is answered by `fit`
+throughout, a large one by planner.sweep_fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from planner.devices import Device
 from planner.errors import VramwiseError
 from planner.estimate import Requirement, check, device_of, fit_on, requirement, resolve
 from planner.levers import apply
-from planner.memory.program import Program, run
+from planner.memory.program import Program, alike_accumulation, run
 from planner.memory.target import kernels_device
 from planner.memory.workspace import cublas_workspace_bytes
 from planner.models.registry import Model, load_model
@@ -127,11 +127,11 @@ class _Group:
         combinations = list(product(*(a.values for a in self.cards)))
         cards = [apply(self.spec, _named(self.cards, values)) for values in combinations]
         runs = {}
-        for micro_batches in {min(card.gradient_accumulation_steps, 2) for card in cards}:
+        for micro_batches in {alike_accumulation(card) for card in cards}:
             runs[micro_batches] = None if self.allowance.exact else self._run(pairs, micro_batches)
         for place, size_values in enumerate(product(*(a.values for a in self.sizes))):
             for card, card_values in zip(cards, combinations, strict=True):
-                fast = runs[min(card.gradient_accumulation_steps, 2)]
+                fast = runs[alike_accumulation(card)]
                 values = (*size_values, *card_values)
                 yield values, self._one(fast, place, size_values, card_values)
 
@@ -248,7 +248,7 @@ def _program_key(spec: RunSpec) -> RunSpec:
             "device": kernels_device(spec),
             "device_memory": None,
             "host_memory": None,
-            "gradient_accumulation_steps": min(spec.gradient_accumulation_steps, 2),
+            "gradient_accumulation_steps": alike_accumulation(spec),
             "schedule": RunSpec.model_fields["schedule"].default,
         }
     )

@@ -331,6 +331,13 @@ def forward_of(model: Model) -> Forward:
     return run_forward
 
 
+def alike_accumulation(spec: RunSpec) -> int:
+    """The accumulation that stands for the spec's: of a step's memory, only Trainer's inputs grow
+    beyond the second micro batch."""
+    steps = spec.gradient_accumulation_steps
+    return steps if spec.stack == "stock" else min(steps, 2)
+
+
 def make_batches(recorder: Recorder, spec: RunSpec, model: Model) -> list[Batch]:
     """The inputs that are on the card throughout a step: `Trainer` fetches all micro batches of it
     first (get_batch_samples in trainer.py), other loops one at a time. All run like the first."""
