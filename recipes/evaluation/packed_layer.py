@@ -69,7 +69,7 @@ def _heads(attention: Any, states: Tensor) -> Tensor:
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    if _in_kernels(x):
+    if _in_kernels(x, norm.weight):
         from recipes.evaluation import kernels
 
         return kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
@@ -79,7 +79,7 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 def _add_and_norm(norm: Any, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
     """(x + added, its norm)."""
-    if _in_kernels(x):
+    if _in_kernels(x, added, norm.weight):
         from recipes.evaluation import kernels
 
         return kernels.add_rms_norm(x, added, norm.weight, norm.variance_epsilon)
@@ -92,7 +92,7 @@ def _rotated(x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
     where a kernel does it. cos and sin (T, D)."""
     half = x.shape[-1] // 2
     whole = cos.shape[-1] == x.shape[-1] and half & (half - 1) == 0
-    if whole and _in_kernels(x):
+    if whole and _in_kernels(x, cos, sin, *([] if norm is None else [norm.weight])):
         from recipes.evaluation import kernels
 
         return kernels.rotate_(x, cos, sin, _head_norm(norm))
@@ -114,7 +114,7 @@ def _head_norm(norm: Any) -> tuple[Tensor, Tensor | None, float] | None:
 def _gated(mlp: Any, x: Tensor) -> Tensor:
     """act(gate(x)) * up(x)."""
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    if type(mlp.act_fn).__name__ in _SILU and _in_kernels(gate):
+    if type(mlp.act_fn).__name__ in _SILU and _in_kernels(gate, up):
         from recipes.evaluation import kernels
 
         return kernels.silu_mul_(gate, up)
@@ -122,8 +122,10 @@ def _gated(mlp: Any, x: Tensor) -> Tensor:
     return out
 
 
-def _in_kernels(x: Tensor) -> bool:
-    return x.is_cuda and x.is_contiguous() and _has_triton()
+def _in_kernels(x: Tensor, *others: Tensor) -> bool:
+    """On CUDA, where all are of one dtype: torch's operators would promote others."""
+    alike = all(other.dtype is x.dtype for other in others)
+    return x.is_cuda and x.is_contiguous() and alike and _has_triton()
 
 
 @cache
