@@ -98,6 +98,7 @@ def matmul(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     need_x, need_w, need_b = (
         x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
     )  # fmt: skip
+    biased = bias is not None
     saved = (weight if need_x else None, x if need_w else None)
     t.about_to_save(saved)
     t.count_matmul(flops, traffic, dtype)
@@ -107,16 +108,19 @@ def matmul(t: Engine, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         grad_x = grad_w = grad_b = None
         if not g.contiguous:
             g = t.new(g.shape, g.dtype, "contiguous (backward)")
-        if need_b:
-            grad_b = t.new((out_features,), dtype, "sum (bias gradient)")
-        if need_w:
-            t.count_matmul(flops, traffic, dtype)
-            grad_w = t.new((out_features, in_features), dtype, "mm (weight gradient)")
-            grad_w.based = True  # transposed twice
-        if need_x:
-            t.count_matmul(flops, traffic, dtype)
-            grad_x = t.new(shape, dtype, "mm (input gradient)")
-            grad_x.based = len(shape) > 2  # the view of rows
+        # Autograd's generated code goes by the operands' names: mat2 (the weight) and self of mm;
+        # mat1 (the input), mat2 and self (the bias) of addmm.
+        for wanted in "xwb" if biased else "wx":
+            if wanted == "w" and need_w:
+                t.count_matmul(flops, traffic, dtype)
+                grad_w = t.new((out_features, in_features), dtype, "mm (weight gradient)")
+                grad_w.based = True  # transposed twice
+            elif wanted == "x" and need_x:
+                t.count_matmul(flops, traffic, dtype)
+                grad_x = t.new(shape, dtype, "mm (input gradient)")
+                grad_x.based = len(shape) > 2  # the view of rows
+            elif wanted == "b" and need_b:
+                grad_b = t.new((out_features,), dtype, "sum (bias gradient)")
         return grad_x, grad_w, grad_b
 
     return t.record(out, (x, weight, bias), saved, backward)
