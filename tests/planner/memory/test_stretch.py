@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.errors import VramwiseError
+from planner.estimate import estimate
 from planner.memory.program import run
 from planner.memory.requirement import reserve
 from planner.memory.storage import Recorder
@@ -76,6 +78,33 @@ def test_any_choice_of_adapters_is_stretched_to_the_whole(
     assert _live(stretched.recorder) == _live(whole.recorder)
     assert _peaks(stretched.recorder) == _peaks(whole.recorder)
     assert stretched.states == whole.states
+
+
+def test_an_optimizer_that_drops_gradients_runs_every_layer() -> None:
+    spec = spec_from_mapping({"model": TEXT[0], "optimizer": "galore_adamw_8bit"})
+    model = load_model(spec.model)
+    assert _peaks(run(spec, model).recorder) == _peaks(run(spec, model, Recorder()).recorder)
+
+
+@pytest.mark.parametrize(("target", "told"), [
+    ("linear_1", "no trainable parameter gets a gradient"),  # no picture in the batch
+    ("patch_embedding", "is a convolution, whose adapter the planner does not model"),
+])  # fmt: skip
+def test_adapters_that_cannot_be_planned_are_told(target: str, told: str) -> None:
+    spec = spec_from_mapping({
+        "model": LLAVA, "quantization": "none", "lora": {"target_modules": [target]},
+    })  # fmt: skip
+    with pytest.raises(VramwiseError, match=told):
+        run(spec, load_model(LLAVA))
+
+
+def test_a_run_beyond_any_machine_is_answered() -> None:
+    answer = estimate(spec_from_mapping({
+        "model": "google/gemma-3-27b-it", "method": "full", "weights_dtype": "float32",
+        "attention": "eager", "micro_batch_size": 96, "sequence_length": 8192, "device": "h200",
+    }))  # fmt: skip
+    assert answer.verdict == "does_not_fit"
+    assert answer.allocator_required_bytes > 64 << 40
 
 
 def _live(recorder: Recorder) -> list[tuple[int, int]]:
