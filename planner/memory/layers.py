@@ -184,7 +184,7 @@ def _matmul_4bit(t: Engine, state: Linear, x: Tensor, bias: Tensor | None) -> Te
         del dequantized
         return grad, None
 
-    return t.record(out, (x, bias), (x,) if state.keeps_input else (), backward)
+    return t.record(out, (x, bias), (x,) if state.keeps_input else (), backward, kept=())
 
 
 def _matmul_int8(t: Engine, state: Linear, x: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ class Node:
 
     edges: per input, (node or leaf, shape, dtype), or None where no gradient is wanted;
     held, slots: what is saved, in a checkpointed region its slots; released after the node ran;
-    kept: a custom function's ctx attributes, released with the graph; mark: of the first node of a
+    kept: a custom function's ctx attributes, released with the graph (None: not a custom function;
+    such a one lets its gradient go before what it returns is fitted); mark: of the first node of a
     layer's backward.
     """
 
@@ -190,6 +191,8 @@ def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
     if len(edges) == 1:  # most have: what follows, without the lists
         edge, result = edges[0], node.apply(grad)[0]
         assert edge is not None
+        if node.kept is not None:
+            grad = None
         if result is not None and (result.shape is not edge[1] or result.dtype is not edge[2]):
             result = engine.fit_gradient(result, edge[1], edge[2])
         del grad
@@ -198,6 +201,8 @@ def _run_node(engine: Any, node: Node, queue: list[tuple[int, Node]]) -> None:
             _deliver(engine, edge[0], result, queue)
         return
     results = list(node.apply(grad))
+    if node.kept is not None:
+        grad = None
     for position, edge in enumerate(edges):  # call_function: validate_outputs
         result = results[position]
         if edge is None or result is None:
